@@ -1,0 +1,51 @@
+"""Randomness that is a pure function of seeds: per-image streams for sampling, per-step draws for training."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SEED_LIMIT = 2**32  # the per-image generators take 32-bit seeds: a larger one would repeat a smaller one's image
+
+
+class SeedStreams:
+    """One CPU random stream per image, so that an image's noise does not depend on its batch.
+
+    Draw in this order: latents, label, then the churn noise of each step (the order of EDM's reference code).
+    """
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        if bad := [seed for seed in seeds if not 0 <= seed < SEED_LIMIT]:
+            raise ValueError(f"seed {bad[0]} is outside 0..{SEED_LIMIT - 1}; choose seeds in that range")
+        self._generators = [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds]
+
+    def randn(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+        """Standard normal noise [B, *shape]."""
+        draws = [torch.randn(*shape, generator=g, dtype=dtype) for g in self._generators]
+        return torch.stack(draws).to(device)
+
+    def randint(self, high: int) -> Tensor:
+        """One integer in [0, high) per image: int64 [B]."""
+        return torch.stack([torch.randint(high, (), generator=g) for g in self._generators])
+
+
+def step_generator(seed: int, nimg: int, stream: str) -> torch.Generator:
+    """A CPU generator for one training step, a pure function of (seed, images seen, stream name)."""
+    words = np.random.SeedSequence([seed, nimg, *stream.encode()]).generate_state(2, np.uint32)
+    return torch.Generator("cpu").manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
+
+
+def epoch_order(seed: int, nimg: int, batch_size: int, num_rows: int) -> np.ndarray:
+    """Row numbers of the training step that starts at `nimg` images seen: int64 [batch_size].
+
+    Rows are visited in a fresh permutation per epoch, epochs follow each other without a gap, so the
+    order is a pure function of (seed, nimg) and every row is seen once per epoch.
+    """
+    positions = np.arange(nimg, nimg + batch_size)
+    rows = np.empty(batch_size, dtype=np.int64)
+    for epoch in np.unique(positions // num_rows):
+        of_epoch = positions // num_rows == epoch
+        permutation = np.random.Generator(np.random.Philox(key=[seed, int(epoch)])).permutation(num_rows)
+        rows[of_epoch] = permutation[positions[of_epoch] % num_rows]
+    return rows

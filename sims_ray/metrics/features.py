@@ -1,0 +1,30 @@
+"""Feature extractors: functions from uint8 images [B, C, H, W] to features [B, F]."""
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sims_ray.metrics.moments import Moments, merge_all
+
+FeatureExtractor = Callable[[Tensor], Tensor]
+BATCH = 512
+
+
+def pixel_features(images: Tensor) -> Tensor:
+    """Raw pixels in [-1, 1]: [B, C * H * W]."""
+    return images.to(torch.float32).flatten(1) / 127.5 - 1
+
+
+@torch.inference_mode()
+def feature_moments(extractor: FeatureExtractor, images: NDArray[np.uint8] | Tensor) -> Moments:
+    """Moments of the features of uint8 images [N, C, H, W]."""
+    batches = torch.as_tensor(images).split(BATCH)
+    return merge_all(Moments.of(extractor(batch).cpu().numpy()) for batch in batches)
+
+
+def images_moments(extractor: FeatureExtractor, batches: Iterable[Tensor]) -> Moments:
+    """Moments over a stream of image batches; only one batch of features is alive at a time."""
+    return merge_all(feature_moments(extractor, batch) for batch in batches)

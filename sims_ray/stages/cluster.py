@@ -1,0 +1,63 @@
+"""Starting and leaving Ray."""
+
+import logging
+import os
+from typing import Any
+
+from sims_ray.config import ComputeSettings
+from sims_ray.errors import SimsError
+
+DATA_SLOTS = 2  # CPUs that Ray Data's own read and write tasks need beside the actors, or it can hang
+
+QUIET = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report waits for one controller poll
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # MLflow and the artifacts hold the metrics
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+}
+
+
+def start_ray(compute: ComputeSettings) -> Any:
+    """Connect to the cluster of `RAY_ADDRESS`, or start a local one; returns the `ray` module.
+
+    Does nothing when this process is connected already.
+
+    Raises:
+        SimsError: the cluster of `RAY_ADDRESS` cannot be reached.
+    """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    if ray.is_initialized():
+        return ray
+    address = os.environ.get("RAY_ADDRESS")
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address:
+        try:
+            ray.init(address, **common)
+        except ConnectionError as error:
+            raise SimsError(
+                f"no Ray cluster at RAY_ADDRESS={address} ({error}); start one or unset RAY_ADDRESS"
+            ) from None
+        return ray
+    workers = max(1, round(compute.num_workers * compute.cpus_per_worker))
+    ray.init(
+        "local",
+        num_cpus=max(os.cpu_count() or 1, workers + DATA_SLOTS),
+        include_dashboard=compute.dashboard,
+        object_store_memory=compute.object_store_mb << 20,
+        **common,
+    )
+    return ray
+
+
+def stop_ray() -> None:
+    """Leave Ray; a local cluster of this process ends with it."""
+    import sys
+
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        ray.shutdown()

@@ -1,0 +1,50 @@
+"""Progress lines: images done, images per second, time left; rare enough for a log file."""
+
+import logging
+import time
+from datetime import timedelta
+
+logger = logging.getLogger("sims_ray")
+
+INTERVAL_S = 5.0
+
+
+class Progress:
+    """Logs one line at most every few seconds, and one at the end.
+
+    Args:
+        label: what is being done.
+        total_nimg: images in all.
+        done_nimg: images that an earlier run had done already.
+    """
+
+    def __init__(self, label: str, total_nimg: int, done_nimg: int = 0) -> None:
+        self.label, self.total_nimg = label, total_nimg
+        self._start_nimg = self.done_nimg = done_nimg
+        self._start_s = time.monotonic()
+        self._last_s = self._start_s
+        if done_nimg:
+            logger.info("%s: going on from %s of %s images", label, f"{done_nimg:,}", f"{total_nimg:,}")
+
+    def update(self, done_nimg: int, note: str = "") -> None:
+        """Say that `done_nimg` images are done in all."""
+        self.done_nimg = done_nimg
+        now = time.monotonic()
+        if now - self._last_s < INTERVAL_S and done_nimg < self.total_nimg:
+            return
+        self._last_s = now
+        rate = (done_nimg - self._start_nimg) / max(now - self._start_s, 1e-9)
+        left = timedelta(seconds=round((self.total_nimg - done_nimg) / rate)) if rate > 0 else "?"
+        logger.info(
+            "%s: %s of %s images, %s images/s, ETA %s%s",
+            self.label,
+            f"{done_nimg:,}",
+            f"{self.total_nimg:,}",
+            f"{rate:,.0f}",
+            left,
+            f", {note}" if note else "",
+        )
+
+    def add(self, nimg: int, note: str = "") -> None:
+        """Say that `nimg` more images are done."""
+        self.update(self.done_nimg + nimg, note)

@@ -1,0 +1,141 @@
+"""Sampling actors: seed ranges in, sample files or feature moments out, one unit of work at a time.
+
+`synthesize` and `evaluate` are the same map over seed ranges with another sink. A range whose file is
+there is not sampled again, whoever made it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from sims_ray.config import ComputeSettings
+from sims_ray.data.table import NO_LABEL, Samples, write_samples
+from sims_ray.diffusion.generate import generate
+from sims_ray.metrics.features import FeatureExtractor, images_moments
+from sims_ray.stages.cluster import start_ray
+from sims_ray.stages.features import load_extractor
+from sims_ray.storage.artifacts import atomic_path
+from sims_ray.storage.models import SimsModel
+
+
+@dataclass(frozen=True)
+class SeedRange:
+    """One unit of work.
+
+    Attributes:
+        model: what to sample from.
+        sampler: sampler settings.
+        start, stop: the seeds.
+        path: the file to leave.
+        sink: "samples" leaves a Parquet file of images, "moments" the moments of their features.
+        features: folder of the features artifact; for moments.
+        metadata: facts for the Parquet file.
+    """
+
+    model: SimsModel
+    sampler: Mapping[str, Any]
+    start: int
+    stop: int
+    path: str
+    sink: Literal["samples", "moments"]
+    features: str | None = None
+    metadata: Mapping[str, Any] | None = None
+
+    def to_json(self) -> str:
+        """As text, the form in which it travels through Ray Data."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> SeedRange:
+        """Undo `to_json`."""
+        values = json.loads(text)
+        return cls(**{**values, "model": SimsModel(**values["model"])})
+
+
+class SeedRangeWorker:
+    """Samples seed ranges on one CPU slot or GPU; models and extractors stay loaded between ranges."""
+
+    def __init__(self, compute: ComputeSettings) -> None:
+        if compute.num_workers:  # in a process of its own, not in the caller's
+            torch.set_num_threads(max(1, int(compute.cpus_per_worker)))
+        self._batch_size = compute.sampling_batch
+        self._device = "cuda" if compute.gpus_per_worker else "cpu"
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Ray Data's calling convention around `run`."""
+        work = SeedRange.from_json(row["work"])
+        self.run(work)
+        return {"path": work.path, "nimg": work.stop - work.start}
+
+    def run(self, work: SeedRange) -> None:
+        """Leave the file of one range, atomically."""
+        denoiser, card = work.model.load(self._device)
+        network = card["network"]
+        shape = (network["img_channels"], network["img_resolution"], network["img_resolution"])
+        batches = generate(
+            denoiser,
+            shape,
+            range(work.start, work.stop),
+            work.sampler,
+            label_dim=network["label_dim"],
+            batch_size=self._batch_size,
+            device=self._device,
+        )
+        if work.sink == "moments":
+            moments = images_moments(_extractor(str(work.features)), (images for _, images, _ in batches))
+            with atomic_path(Path(work.path)) as beside:
+                moments.save(beside)
+            return
+        parts = list(batches)
+        samples = Samples(
+            np.arange(work.start, work.stop, dtype=np.int64),
+            torch.cat([images for _, images, _ in parts]).numpy(),
+            np.concatenate([np.full(len(s), NO_LABEL) if c is None else c.numpy() for s, _, c in parts]).astype(
+                np.int32
+            ),
+        )
+        write_samples(Path(work.path), samples, work.metadata or {})
+
+
+@lru_cache(maxsize=2)
+def _extractor(folder: str) -> FeatureExtractor:
+    return load_extractor(Path(folder))
+
+
+def missing(ranges: Sequence[SeedRange]) -> list[SeedRange]:
+    """The ranges whose file is not there yet."""
+    return [work for work in ranges if not Path(work.path).is_file()]
+
+
+def sample_ranges(ranges: Sequence[SeedRange], compute: ComputeSettings) -> Iterator[SeedRange]:
+    """Sample the given ranges on an actor pool, or in this process with `num_workers` 0; yields each when done."""
+    by_path = {work.path: work for work in ranges}
+    if not compute.num_workers or not ranges:
+        worker = SeedRangeWorker(compute)
+        for work in ranges:
+            worker.run(work)
+            yield work
+        return
+    start_ray(compute)
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    dataset = ray.data.from_items([{"work": work.to_json()} for work in ranges], override_num_blocks=len(ranges))
+    done = dataset.map(
+        SeedRangeWorker,
+        fn_constructor_args=(compute,),
+        compute=ray.data.ActorPoolStrategy(size=min(compute.num_workers, len(ranges))),
+        num_cpus=compute.cpus_per_worker,
+        num_gpus=compute.gpus_per_worker,
+    )
+    for row in done.iter_rows():
+        yield by_path[row["path"]]

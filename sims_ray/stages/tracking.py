@@ -1,0 +1,178 @@
+"""MLflow: one run per logical run, found again by its key after any restart; never in the way of the work.
+
+A run's key is the fingerprint of what it produced, kept as a tag. Metrics go in against images seen.
+A server that does not answer is warned about once; what was missed is logged by the next run.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sims_ray.config import TrackingSettings
+
+logger = logging.getLogger("sims_ray")
+
+KEY_TAG = "sims_ray.key"
+PARENT_TAG = "mlflow.parentRunId"
+NAME_TAG = "mlflow.runName"
+PARAM_CHARS = 500
+METRICS_PER_CALL = 500
+T = TypeVar("T")
+
+# A dead server must cost seconds, not the minutes of MLflow's default retries.
+PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
+
+
+class Tracker:
+    """The experiment that a recipe's runs are logged to.
+
+    Args:
+        settings: where and whether to log.
+        out: output folder; holds the SQLite file when no server is given.
+    """
+
+    def __init__(self, settings: TrackingSettings, out: Path) -> None:
+        self.uri = settings.uri or f"sqlite:///{(out / 'mlflow.db').resolve()}"
+        self._artifact_root = None if settings.uri else (out / "mlartifacts").resolve().as_uri()
+        self._experiment = settings.experiment
+        self._client: Any = None
+        self._experiment_id = ""
+        self._runs: dict[str, Any] = {}
+        self._down = not settings.enabled
+
+    def run(self, key: str, name: str, params: Mapping[str, Any], parent: TrackedRun | None = None) -> TrackedRun:
+        """The run with this key, made if it is new; `params` may be nested."""
+        run_id, finished = self.attempt(lambda: self._open(key, name, params, parent)) or (None, False)
+        return TrackedRun(self, run_id, finished)
+
+    def attempt(self, action: Callable[[], T]) -> T | None:
+        """Do something that needs the server; None if it is down. Warns at the first failure only."""
+        if self._down:
+            return None
+        try:
+            if self._client is None:
+                self._connect()
+            return action()
+        except Exception as error:
+            self._down = True
+            reason = " ".join(str(error).split())[:200]
+            logger.warning(
+                "MLflow at %s does not answer (%s); going on without it, the next run will log what is missed",
+                self.uri,
+                reason,
+            )
+            return None
+
+    @property
+    def client(self) -> Any:
+        """MLflow's client, connected."""
+        return self._client
+
+    def _connect(self) -> None:
+        for name, value in PATIENCE.items():
+            os.environ.setdefault(name, value)
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        from mlflow.tracking import MlflowClient
+
+        client = MlflowClient(self.uri)
+        found = client.get_experiment_by_name(self._experiment)
+        self._experiment_id = (
+            found.experiment_id
+            if found
+            else client.create_experiment(self._experiment, artifact_location=self._artifact_root)
+        )
+        token = None
+        while True:
+            page = client.search_runs([self._experiment_id], max_results=1000, page_token=token)
+            self._runs |= {run.data.tags[KEY_TAG]: run for run in page if KEY_TAG in run.data.tags}
+            token = page.token
+            if not token:
+                break
+        self._client = client
+
+    def _open(self, key: str, name: str, params: Mapping[str, Any], parent: TrackedRun | None) -> tuple[str, bool]:
+        if (known := self._runs.get(key)) is not None:
+            return known.info.run_id, known.info.status == "FINISHED"
+        from mlflow.entities import Param
+
+        tags = {KEY_TAG: key, NAME_TAG: name}
+        if parent is not None and parent.run_id is not None:
+            tags[PARENT_TAG] = parent.run_id
+        run = self._client.create_run(self._experiment_id, tags=tags, run_name=name)
+        self._runs[key] = run
+        flat = [Param(k, str(v)[:PARAM_CHARS]) for k, v in flatten(params).items()]
+        self._client.log_batch(run.info.run_id, params=flat)
+        return run.info.run_id, False
+
+
+class TrackedRun:
+    """One MLflow run, or none when tracking is off or the server is down.
+
+    Attributes:
+        run_id: MLflow's id; None without a run.
+        finished: whether an earlier process logged it to its end.
+    """
+
+    def __init__(self, tracker: Tracker, run_id: str | None, finished: bool) -> None:
+        self._tracker, self.run_id, self.finished = tracker, run_id, finished
+        self._logged: dict[str, int] = {}
+
+    def log(self, rows: Sequence[Mapping[str, float]], step_key: str = "nimg") -> None:
+        """Log metrics against images seen; a row whose step is there already is not logged twice."""
+        if self.run_id is not None and not self.finished and rows:
+            self._tracker.attempt(lambda: self._log(rows, step_key))
+
+    def _log(self, rows: Sequence[Mapping[str, float]], step_key: str) -> None:
+        import time
+
+        from mlflow.entities import Metric
+
+        now_ms = int(time.time() * 1000)
+        metrics = [
+            Metric(name, float(value), now_ms, int(row[step_key]))
+            for row in rows
+            for name, value in row.items()
+            if name != step_key and int(row[step_key]) > self._last_step(name)
+        ]
+        for start in range(0, len(metrics), METRICS_PER_CALL):
+            self._tracker.client.log_batch(self.run_id, metrics=metrics[start : start + METRICS_PER_CALL])
+        for metric in metrics:
+            self._logged[metric.key] = max(self._logged[metric.key], metric.step)
+
+    def _last_step(self, name: str) -> int:
+        if name not in self._logged:
+            history = self._tracker.client.get_metric_history(self.run_id, name)
+            self._logged[name] = max((m.step for m in history), default=-1)
+        return self._logged[name]
+
+    def log_file(self, path: Path, folder: str | None = None) -> None:
+        """Log a file, or all files of a folder."""
+        if self.run_id is None:
+            return
+        client = self._tracker
+        if path.is_dir():
+            client.attempt(lambda: client.client.log_artifacts(self.run_id, str(path), folder))
+        else:
+            client.attempt(lambda: client.client.log_artifact(self.run_id, str(path), folder))
+
+    def finish(self) -> None:
+        """Mark the run as finished."""
+        if self.run_id is not None and not self.finished:
+            self._tracker.attempt(lambda: self._tracker.client.set_terminated(self.run_id, "FINISHED"))
+            self.finished = True
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one level of dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,196 @@
+"""What a SIMS run consists of: every artifact and job, described from the recipe before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from sims_ray.config import OptimizerSettings, Recipe
+from sims_ray.data.table import SampleTable
+from sims_ray.errors import SimsError
+from sims_ray.stages.evaluate import Evaluation
+from sims_ray.stages.synthesize import SynthesisJob
+from sims_ray.stages.train import TrainJob, snapshot_name
+from sims_ray.stages.tune import Trial
+from sims_ray.storage.artifacts import Artifact, Store
+from sims_ray.storage.models import SimsModel
+
+DIGITS = "digits"
+DIGITS_SHAPE, DIGITS_CLASSES = (1, 8, 8), 10
+PACE_SETTINGS = {"checkpoint_kimg", "log_kimg"}  # they change when things are written, not what
+
+
+class Plan:
+    """The artifacts and jobs of one recipe.
+
+    Args:
+        recipe: the resolved settings.
+        out: output folder; artifacts lie under `out/artifacts`.
+
+    Raises:
+        SimsError: the images do not fit the network, or there is no sample table at data.path.
+    """
+
+    def __init__(self, recipe: Recipe, out: Path) -> None:
+        self.recipe, self.out = recipe, out
+        self.store = Store(out / "artifacts")
+        self.seeds = recipe.seed_ledger()
+        self.digits = self.store.artifact("import", {"source": DIGITS}) if recipe.data.path == DIGITS else None
+        self.table = self.digits.path if self.digits else Path(recipe.data.path)
+        self.shape: tuple[int, int, int] = DIGITS_SHAPE
+        self.num_classes = DIGITS_CLASSES
+        self._data_fingerprint = self.digits.fingerprint if self.digits else ""
+        if self.digits is None:
+            table = SampleTable(self.table)
+            self.shape, self.num_classes = table.shape, table.num_classes
+            self._data_fingerprint = table.fingerprint
+        self._check_images()
+
+    def _check_images(self) -> None:
+        channels, height, width = self.shape
+        network = self.recipe.network
+        halvings = len(network.channel_mult) - 1
+        if height != width or height % 2**halvings:
+            raise SimsError(
+                f"{self.recipe.data.path} holds {height}x{width} images, but network.channel_mult={network.channel_mult} "
+                f"needs squares that divide by {2**halvings}; import with --size, or give fewer multipliers"
+            )
+        if network.conditional and self.num_classes < 2:
+            raise SimsError(
+                f"{self.recipe.data.path} has no labels, but network.conditional=true; import labelled images or set it false"
+            )
+        if self.recipe.features.kind == "classifier" and self.num_classes < 2:
+            raise SimsError(
+                f"{self.recipe.data.path} has no labels to train a feature classifier on; set features.kind=pixels"
+            )
+
+    @cached_property
+    def network(self) -> dict[str, Any]:
+        """Entry `network` of every checkpoint card of this run."""
+        settings = self.recipe.network.model_dump(mode="json")
+        conditional = settings.pop("conditional")
+        channels, resolution, _ = self.shape
+        return {
+            **settings,
+            "img_resolution": resolution,
+            "img_channels": channels,
+            "label_dim": self.num_classes if conditional else 0,
+        }
+
+    @cached_property
+    def sampler(self) -> dict[str, Any]:
+        """Sampler settings as plain values."""
+        return self.recipe.sampler.model_dump(mode="json")
+
+    @cached_property
+    def features(self) -> Artifact:
+        """The feature extractor and the real images' moments."""
+        settings = self.recipe.features.model_dump(mode="json")
+        return self.store.artifact("features", settings, [self._data_fingerprint])
+
+    @cached_property
+    def base_job(self) -> TrainJob:
+        """Base training."""
+        settings = self.recipe.train
+        budgets = (settings.duration_kimg,)
+        artifact = self.store.artifact("train", self._identity(settings, budgets), [self._data_fingerprint])
+        return TrainJob("base", artifact, self.network, settings, budgets, self.table)
+
+    @cached_property
+    def base(self) -> Path:
+        """The base checkpoint: EMA weights at the end of training."""
+        return self.base_job.artifact.path / snapshot_name(self.recipe.train.duration_kimg)
+
+    @cached_property
+    def synthesis_job(self) -> SynthesisJob:
+        """The synthetic set S for the largest n_s."""
+        return self._synthesis(SimsModel.of(self.base), self.seeds["synthesis"], [self.base_job.artifact])
+
+    def finetune_job(self, n_s: int) -> TrainJob:
+        """Auxiliary fine-tuning on the first `n_s` rows of S, with a snapshot at each budget."""
+        settings, synthetic = self.recipe.finetune, self.synthesis_job.artifact
+        artifact = self.store.artifact(
+            "train",
+            self._identity(settings, settings.budgets_kimg, n_s=n_s),
+            [self.base_job.artifact, synthetic],
+        )
+        return TrainJob(
+            "auxiliary", artifact, self.network, settings, settings.budgets_kimg, synthetic.path, n_s, self.base
+        )
+
+    def model(self, omega: float, budget_kimg: float | None, n_s: int | None) -> SimsModel:
+        """The model at one point of the search space; the auxiliary is left out at omega 0."""
+        if omega == 0 or budget_kimg is None or n_s is None:
+            return SimsModel.of(self.base)
+        aux = self.finetune_job(n_s).artifact.path / snapshot_name(budget_kimg)
+        return SimsModel.of(self.base, aux, omega)
+
+    def evaluation(self, seeds: range, omega: float, budget_kimg: float | None, n_s: int | None) -> Evaluation:
+        """The distance of one model on given seeds."""
+        artifact = self._sampled("evaluate", seeds, omega, budget_kimg, n_s, [self.features])
+        part_nimg = self.recipe.evaluate.part_nimg
+        model = self.model(omega, budget_kimg, n_s)
+        return Evaluation(artifact, model, self.sampler, seeds, self.features.path, part_nimg)
+
+    @cached_property
+    def trials(self) -> list[Trial]:
+        """The cells of the sweep; omega 0 is the base and appears once."""
+        cells: list[tuple[float, float | None, int | None]] = []
+        if 0 in self.recipe.tune.omega:
+            cells.append((0.0, None, None))
+        for n_s in self.recipe.tune.n_s:
+            for budget in self.recipe.finetune.budgets_kimg:
+                cells += [(omega, budget, n_s) for omega in self.recipe.tune.omega if omega != 0]
+        return [Trial(*cell, self.evaluation(self.seeds["selection"], *cell)) for cell in cells]
+
+    @cached_property
+    def sweep(self) -> Artifact:
+        """The sweep's outcome."""
+        return self.store.artifact("tune", {}, [trial.evaluation.artifact for trial in self.trials])
+
+    def compared(self, selected: Mapping[str, Any]) -> dict[str, tuple[float, float | None, int | None]]:
+        """The models of the final table, at the selected cell: (omega, B, n_s) by name."""
+        budget, n_s = selected["budget_kimg"], selected["n_s"]
+        return {"base": (0.0, None, None), "auxiliary": (-1.0, budget, n_s), "SIMS": (selected["omega"], budget, n_s)}
+
+    def report_evaluations(self, selected: Mapping[str, Any]) -> dict[str, list[Evaluation]]:
+        """For each compared model, its evaluation on each report block."""
+        seeds, n = self.seeds["report"], self.recipe.evaluate.n_images
+        blocks = [range(start, start + n) for start in range(seeds.start, seeds.stop, n)]
+        return {
+            name: [self.evaluation(block, *cell) for block in blocks] for name, cell in self.compared(selected).items()
+        }
+
+    def preview_jobs(self, selected: Mapping[str, Any]) -> dict[str, SynthesisJob]:
+        """For each compared model, a few images from the same seeds."""
+        jobs = {}
+        for name, cell in self.compared(selected).items():
+            artifact = self._sampled("preview", self.seeds["preview"], *cell, [])
+            shard_nimg = self.recipe.seeds.preview_nimg
+            jobs[name] = SynthesisJob(artifact, self.model(*cell), self.sampler, self.seeds["preview"], shard_nimg)
+        return jobs
+
+    def _sampled(
+        self,
+        stage: str,
+        seeds: range,
+        omega: float,
+        budget_kimg: float | None,
+        n_s: int | None,
+        parents: Sequence[Artifact],
+    ) -> Artifact:
+        settings = {"sampler": self.sampler, "seeds": [seeds.start, seeds.stop], "omega": omega, "budget": budget_kimg}
+        aux = [] if omega == 0 or n_s is None else [self.finetune_job(n_s).artifact]
+        return self.store.artifact(stage, settings, [*parents, self.base_job.artifact, *aux])
+
+    def _synthesis(self, model: SimsModel, seeds: range, parents: Sequence[Artifact]) -> SynthesisJob:
+        shard_nimg = self.recipe.synthesize.shard_nimg
+        settings = {"sampler": self.sampler, "seeds": [seeds.start, seeds.stop], "shard_nimg": shard_nimg}
+        artifact = self.store.artifact("synthesize", settings, parents)
+        return SynthesisJob(artifact, model, self.sampler, seeds, shard_nimg)
+
+    def _identity(self, settings: OptimizerSettings, budgets: Sequence[float], **extra: Any) -> dict[str, Any]:
+        content = settings.model_dump(mode="json", exclude=PACE_SETTINGS | {"duration_kimg", "budgets_kimg"})
+        return {"network": self.network, "budgets_kimg": list(budgets), **content, **extra}

@@ -1,0 +1,39 @@
+"""Images from checkpoints, in this process: a grid or a folder of files."""
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from sims_ray.config import SamplerSettings
+from sims_ray.data.contact_sheet import contact_sheet
+from sims_ray.diffusion.generate import generate
+from sims_ray.diffusion.noise import SEED_LIMIT
+from sims_ray.errors import SimsError
+from sims_ray.storage.models import SimsModel
+
+
+def sample_images(
+    target: Path, base: Path, aux: Path | None, omega: float, seeds: range, sampler: SamplerSettings
+) -> Path:
+    """Write one image per seed: a grid if `target` ends in .png, else `<seed>.png` files in the folder `target`.
+
+    Raises:
+        SimsError: a checkpoint is missing or does not fit, or a seed is out of range.
+    """
+    if seeds.stop > SEED_LIMIT:
+        raise SimsError(f"seed {seeds.stop - 1} is beyond {SEED_LIMIT - 1}; start lower")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    denoiser, card = SimsModel.of(base, aux, omega).load(device)
+    network = card["network"]
+    shape = (network["img_channels"], network["img_resolution"], network["img_resolution"])
+    batches = generate(denoiser, shape, seeds, sampler.model_dump(), label_dim=network["label_dim"], device=device)
+    images = torch.cat([batch for _, batch, _ in batches]).numpy()
+    if target.suffix.lower() == ".png":
+        target.parent.mkdir(parents=True, exist_ok=True)
+        contact_sheet(images).save(target)
+        return target
+    target.mkdir(parents=True, exist_ok=True)
+    for seed, image in zip(seeds, images, strict=True):
+        Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(target / f"{seed:010d}.png")
+    return target

@@ -1,0 +1,264 @@
+"""SIMS end to end (arXiv 2408.16333, Algorithm 1): base, synthetic set, auxiliary, sweep, report.
+
+Each stage finds its artifact complete or makes it; running again after any stop goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sims_ray.config import Recipe
+from sims_ray.data.importers import import_digits
+from sims_ray.data.table import SampleTable
+from sims_ray.errors import SimsError
+from sims_ray.report.page import write_report
+from sims_ray.stages.evaluate import Evaluation, evaluate
+from sims_ray.stages.features import make_features
+from sims_ray.stages.synthesize import synthesize
+from sims_ray.stages.tracking import TrackedRun, Tracker
+from sims_ray.stages.train import METRICS, TrainJob, read_metrics, train
+from sims_ray.stages.tune import Trial, tune
+from sims_ray.storage.artifacts import Artifact, fingerprint, write_json
+from sims_ray.studies.console import closing_words, stages_overview
+from sims_ray.studies.plan import Plan
+
+logger = logging.getLogger("sims_ray")
+
+RESULT = "result.json"
+REPORT_FOLDER = "report"
+PAGE = "report.html"
+
+
+class SimsRun:
+    """One run of a recipe in one output folder.
+
+    Args:
+        recipe: the resolved settings.
+        out: output folder on storage that every worker sees.
+    """
+
+    def __init__(self, recipe: Recipe, out: Path) -> None:
+        self.recipe, self.out = recipe, out
+        self.plan = Plan(recipe, out)
+        self.tracker = Tracker(recipe.tracking, out)
+        content = recipe.model_dump(mode="json", exclude={"compute", "tracking"})
+        self._key = fingerprint("run", content, [self.plan.base_job.artifact.fingerprint])
+        self._root: TrackedRun | None = None
+
+    @property
+    def root(self) -> TrackedRun:
+        """The MLflow run that the stages' runs are nested under."""
+        if self._root is None:
+            self._root = self.tracker.run(self._key, self.recipe.name, self.recipe.model_dump(mode="json"))
+        return self._root
+
+    def import_data(self) -> None:
+        """Write the embedded digits as a sample table; a table of the user's is there already."""
+        digits = self.plan.digits
+        if digits is not None and not digits.complete:
+            import_digits(digits)
+
+    def make_features(self) -> None:
+        """The feature extractor and the real images' moments."""
+        self.import_data()
+        artifact, settings = self.plan.features, self.recipe.features
+        self._ensure(
+            artifact, "features", lambda: make_features(artifact, settings, self.plan.table, self.recipe.compute)
+        )
+
+    def train_base(self) -> None:
+        """Algorithm 1, step 1."""
+        self.import_data()
+        self._train(self.plan.base_job, "train base")
+
+    def synthesize(self) -> None:
+        """Algorithm 1, step 2: n_s images from the base."""
+        self.train_base()
+        job = self.plan.synthesis_job
+        self._ensure(job.artifact, "synthesize", lambda: synthesize([job], self.recipe.compute))
+        run = self._child(job.artifact, "synthesize", {"n_s": len(job.seeds), "sampler": job.sampler})
+        run.log([{"nimg": len(job.seeds), "images": len(job.seeds)}])
+        run.finish()
+
+    def finetune(self) -> None:
+        """Algorithm 1, step 3: an auxiliary per n_s, with a snapshot per budget."""
+        self.synthesize()
+        for n_s in self.recipe.tune.n_s:
+            self._train(self.plan.finetune_job(n_s), f"finetune n_s={n_s}")
+
+    def tune(self) -> dict[str, Any]:
+        """The sweep over omega, B and n_s; returns the selected cell."""
+        self.finetune()
+        self.make_features()
+        sweep = self.plan.sweep
+        run = self._child(sweep, "sweep", {"tune": self.recipe.tune.model_dump(mode="json")})
+
+        def log_trial(trial: Trial) -> None:
+            self._log_evaluation(trial.evaluation, trial.name, trial.params, run)
+
+        self._ensure(sweep, "sweep", lambda: tune(sweep, self.plan.trials, self.recipe.compute, log_trial))
+        if not run.finished:
+            for trial in self.plan.trials:
+                log_trial(trial)
+            run.finish()
+        selected: dict[str, Any] = sweep.result["selected"]
+        return selected
+
+    def measure(self, omega: float, budget_kimg: float | None, n_s: int | None) -> list[dict[str, Any]]:
+        """The distance of one model on each report block, making what it needs first."""
+        self.make_features()
+        if omega == 0:
+            self.train_base()
+        else:
+            self.finetune()
+        seeds, n = self.plan.seeds["report"], self.recipe.evaluate.n_images
+        blocks = [range(start, start + n) for start in range(seeds.start, seeds.stop, n)]
+        evaluations = [self.plan.evaluation(block, omega, budget_kimg, n_s) for block in blocks]
+        evaluate(evaluations, self.recipe.compute)
+        return [e.artifact.result for e in evaluations]
+
+    def report(self) -> dict[str, Any]:
+        """Measure the selected model on fresh seeds, write the page; returns the summary of the whole run."""
+        selected = self.tune()
+        measured = self.plan.report_evaluations(selected)
+        self._ensure_all(
+            [e.artifact for blocks in measured.values() for e in blocks],
+            "evaluate",
+            lambda: evaluate([e for blocks in measured.values() for e in blocks], self.recipe.compute),
+        )
+        previews = list(self.plan.preview_jobs(selected).values())
+        self._ensure_all(
+            [job.artifact for job in previews], "preview", lambda: synthesize(previews, self.recipe.compute, "preview")
+        )
+        for name, cell in self.plan.compared(selected).items():
+            params = dict(zip(("omega", "budget_kimg", "n_s"), cell, strict=True))
+            for i, evaluation in enumerate(measured[name]):
+                self._log_evaluation(evaluation, f"report {name} block {i}", params, self.root)
+        summary = self.summary(selected)
+        page = self.out / REPORT_FOLDER / PAGE
+        if not page.is_file() or _read(self.out / RESULT) != json.loads(json.dumps(summary)):
+            write_report(page.parent, summary, self.previews(selected))
+            write_json(self.out / RESULT, summary)
+        if not self.root.finished:
+            self.root.log_file(page.parent, REPORT_FOLDER)
+            self.root.log(
+                [{"nimg": row["n_images"], f"{row['model']}.distance": row["distance"]} for row in summary["table"]]
+            )
+            self.root.finish()
+        return summary
+
+    def previews(self, selected: Mapping[str, Any]) -> dict[str, NDArray[np.uint8]]:
+        """The preview images of each compared model, uint8 [N, C, H, W], from the same seeds."""
+        jobs = self.plan.preview_jobs(selected)
+        return {name: SampleTable(job.artifact.path).head(len(job.seeds)).images for name, job in jobs.items()}
+
+    def summary(self, selected: Mapping[str, Any]) -> dict[str, Any]:
+        """Everything the report shows, as plain values."""
+        losses = {"base": read_metrics(self.plan.base_job.artifact.path)}
+        for n_s in self.recipe.tune.n_s:
+            losses[f"auxiliary n_s={n_s}"] = read_metrics(self.plan.finetune_job(n_s).artifact.path)
+        return {
+            "name": self.recipe.name,
+            "metric": self.plan.report_evaluations(selected)["base"][0].metric,
+            "n_images": self.recipe.evaluate.n_images,
+            "blocks": self.recipe.evaluate.blocks,
+            "num_real": len(SampleTable(self.plan.table)),
+            "table": self.table(selected),
+            "selected": dict(selected),
+            "trials": self.plan.sweep.result["trials"],
+            "losses": losses,
+            "settings": self.recipe.model_dump(mode="json", exclude={"tracking"}),
+            "versions": self.plan.sweep.manifest["versions"],
+            "seeds": {use: [seeds.start, seeds.stop] for use, seeds in self.plan.seeds.items()},
+        }
+
+    def table(self, selected: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Base, auxiliary and SIMS on the report seeds: mean distance over the blocks and its spread."""
+        cells, rows = self.plan.compared(selected), []
+        calls = 2 * self.recipe.sampler.num_steps - 1
+        for name, evaluations in self.plan.report_evaluations(selected).items():
+            blocks = [e.artifact.result["distance"] for e in evaluations]
+            omega, budget, n_s = cells[name]
+            rows.append(
+                {
+                    "model": name,
+                    "omega": omega,
+                    "budget_kimg": budget,
+                    "n_s": n_s,
+                    "distance": float(np.mean(blocks)),
+                    "spread": float(np.std(blocks, ddof=1)) if len(blocks) > 1 else 0.0,
+                    "blocks": blocks,
+                    "n_images": len(evaluations[0].seeds),
+                    "evaluations_per_image": calls * (1 if omega in (0, -1) else 2),
+                }
+            )
+        for row in rows:
+            row["gain"] = 1 - row["distance"] / rows[0]["distance"]
+        return rows
+
+    def cell(self, omega: float, budget_kimg: float | None, n_s: int | None) -> tuple[float, float | None, int | None]:
+        """A point of the search space with defaults filled in: the largest budget and set.
+
+        Raises:
+            SimsError: a budget or set size that the recipe does not make.
+        """
+        if omega == 0:
+            return 0.0, None, None
+        budgets, sizes = self.recipe.finetune.budgets_kimg, self.recipe.tune.n_s
+        budget_kimg, n_s = budget_kimg or max(budgets), n_s or max(sizes)
+        for name, value, known in (("B", budget_kimg, budgets), ("n_s", n_s, sizes)):
+            if value not in known:
+                raise SimsError(
+                    f"{name}={value:g} is not in the recipe, which has {list(known)}; choose one or --set more"
+                )
+        return omega, budget_kimg, n_s
+
+    def describe(self) -> str:
+        """The stages, and which are complete; changes nothing."""
+        return stages_overview(self.plan)
+
+    def closing_words(self, summary: Mapping[str, Any]) -> str:
+        """What to print at the end: the table and where results lie."""
+        return closing_words(summary, self.out, self.out / REPORT_FOLDER / PAGE, self.tracker.uri)
+
+    def _ensure(self, artifact: Artifact, label: str, make: Callable[[], None]) -> None:
+        self._ensure_all([artifact], label, make)
+
+    def _ensure_all(self, artifacts: Sequence[Artifact], label: str, make: Callable[[], None]) -> None:
+        """Run `make` unless every artifact is complete; say which of the two, and how long it took."""
+        if all(artifact.complete for artifact in artifacts):
+            logger.info("%s: complete", label)
+            return
+        started_s = time.monotonic()
+        make()
+        logger.info("%s: done in %.0f s", label, time.monotonic() - started_s)
+
+    def _child(self, artifact: Artifact, name: str, params: Mapping[str, Any]) -> TrackedRun:
+        return self.tracker.run(artifact.fingerprint, name, params, self.root)
+
+    def _train(self, job: TrainJob, label: str) -> None:
+        run = self._child(job.artifact, label, job.artifact.settings)
+        self._ensure(job.artifact, label, lambda: train(job, self.recipe.compute, lambda row: run.log([row])))
+        if not run.finished:
+            run.log(read_metrics(job.artifact.path))
+            run.log_file(job.artifact.path / METRICS)
+            run.finish()
+
+    def _log_evaluation(self, evaluation: Evaluation, name: str, params: Mapping[str, Any], parent: TrackedRun) -> None:
+        run = self.tracker.run(evaluation.artifact.fingerprint, name, params, parent)
+        if not run.finished:
+            result = evaluation.artifact.result
+            run.log([{"nimg": result["nimg"], result["metric"].partition("@")[0]: result["distance"]}])
+            run.finish()
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text()) if path.is_file() else None
