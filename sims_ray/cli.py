@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 import yaml
@@ -160,15 +160,14 @@ def import_(
     source: Annotated[Path, typer.Argument(help="Folder of images (class = sub-folder or dataset.json), or Parquet.")],
     out: Annotated[Path, typer.Argument(help="Folder for the sample table; must not exist.")],
     size: Annotated[int | None, typer.Option(min=1, help="Resize to this many pixels square.")] = None,
-    crop: Annotated[str, typer.Option(help="'center': crop to a square first; 'none': leave the frame.")] = "center",
+    crop: Annotated[Literal["center", "none"], typer.Option(help="Crop to a square before resizing.")] = "center",
     grey: Annotated[bool, typer.Option(help="Convert to one grey channel.")] = False,
 ) -> None:
     """Import images into a sample table."""
     from sims_ray.data.importers import import_images
 
-    if crop not in ("center", "none"):
-        raise SimsError(f"--crop {crop!r} is not known; give 'center' or 'none'")
-    typer.echo(import_images(source, out, size=size, crop=crop, grey=grey))  # type: ignore[arg-type]
+    imported = import_images(source, out, size=size, crop=crop, grey=grey, on_progress=_imported)
+    typer.echo(f"{imported.folder}: {imported.rows:,} images of shape {imported.shape}, {imported.num_classes} classes")
 
 
 @data_app.command("inspect", epilog="Example: sims data inspect data/photos --sheet sheet.png")
@@ -188,16 +187,23 @@ def inspect(
         typer.echo(f"contact sheet: {sheet}")
 
 
+def _imported(nimg: int) -> None:
+    logging.getLogger("sims_ray").info("import: %s images", f"{nimg:,}")
+
+
 def _say(_: None, path: Path) -> None:
     typer.echo(path)
 
 
-def main() -> None:
-    """Entry point: one sentence for a user's error, a hint after Ctrl-C, no Ray left behind."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: one sentence for a user's error, a hint after Ctrl-C, no Ray left behind.
+
+    Takes the words after `sims`, by default those of the command line; ends the process.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("sims_ray").setLevel(logging.INFO)
     try:
-        code = app(standalone_mode=False)
+        code = app(arguments, standalone_mode=False)
     except SimsError as error:
         typer.echo(f"error: {error}", err=True)
         code = 1

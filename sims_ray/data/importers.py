@@ -7,41 +7,29 @@ decoding is refused before anything is written; the second decodes and writes pa
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import platform
 import shutil
-import struct
-import warnings
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BytesIO
 from itertools import islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
-from sims_ray.data.table import METADATA_KEY, NO_LABEL, Samples, table_result, write_samples
+from sims_ray.data.sources import EXTENSIONS, Entry, Source, find_source, open_image
+from sims_ray.data.table import Samples, table_result, write_samples
 from sims_ray.errors import SimsError
 from sims_ray.storage.artifacts import MANIFEST, Artifact, write_json
 
 PART_BYTES = 64 << 20  # raw pixels per part file: the most that is in memory at once
 PROGRESS_NIMG = 1000
-PARQUET_BATCH = 256
-LABEL_LIMIT = 2**31  # labels are int32
-EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # not EPS: it would start Ghostscript
 GREY_MODES = frozenset({"1", "L", "LA", "La"})
-DEEP_MODES = ("I", "F")  # 16- and 32-bit pixels; Pillow would clip them to 8 bits
-DAMAGE = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, struct.error, zlib.error)
 
 Crop = Literal["none", "center"]
 Progress = Callable[[int], None]
@@ -68,25 +56,6 @@ class ImportSummary:
     num_classes: int
     classes: list[str] | None
     fingerprint: str
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """One encoded image; `name` is for messages."""
-
-    id: int
-    label: int
-    name: str
-    data: Path | bytes
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Images to import; every call of `entries` starts anew."""
-
-    path: Path
-    entries: Callable[[], Iterator[_Entry]]
-    classes: list[str] | None
 
 
 @dataclass(frozen=True)
@@ -150,7 +119,7 @@ def import_images(
         raise SimsError(f"size={size}, crop={crop!r} is not possible; give a size of 1 or more, crop none or center")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise SimsError(f"{out} exists and is not an empty folder; choose another name or remove it first")
-    found = _find(source)
+    found = find_source(source)
     labels, geometry = _survey(found, size, crop, grey)
     with _folder_beside(out) as folder:
         files = _write_parts(found, geometry, folder, on_progress or (lambda done: None))
@@ -161,130 +130,12 @@ def import_images(
     return ImportSummary(out, len(labels), len(files), geometry.shape, classes, found.classes, fingerprint)
 
 
-def _find(source: Path) -> _Source:
-    if source.is_dir():
-        parquet, images = sorted(source.glob("*.parquet")), _image_names(source)
-        if parquet and images:
-            raise SimsError(f"{source} holds both {parquet[0].name} and {images[0]}; keep them in separate folders")
-        return _Source(source, lambda: _parquet_entries(parquet), None) if parquet else _images(source, images)
-    if source.is_file() and source.suffix == ".parquet":
-        return _Source(source, lambda: _parquet_entries([source]), None)
-    found = "is neither a folder nor a .parquet file" if source.exists() else "does not exist"
-    raise SimsError(f"{source} {found}; give a folder of images, or Parquet with a column `image`")
-
-
-def _image_names(folder: Path) -> list[str]:
-    def unreadable(error: OSError) -> None:
-        raise SimsError(f"{error.filename} cannot be listed ({error.strerror}); make it readable")
-
-    names = []
-    for root, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        images = [n for n in files if not n.startswith(".") and os.path.splitext(n)[1].lower() in EXTENSIONS]
-        names += [(Path(root) / name).relative_to(folder).as_posix() for name in images]
-    return sorted(names)
-
-
-def _images(folder: Path, names: Sequence[str]) -> _Source:
-    index = folder / "dataset.json"
-    labels, classes = (_indexed(index, names), None) if index.is_file() else _by_folder(folder, names)
-
-    def entries() -> Iterator[_Entry]:
-        for i, name in enumerate(sorted(labels)):
-            yield _Entry(i, labels[name], str(folder / name), folder / name)
-
-    return _Source(folder, entries, classes)
-
-
-def _by_folder(folder: Path, names: Sequence[str]) -> tuple[dict[str, int], list[str] | None]:
-    classes = sorted({name.split("/")[0] for name in names if "/" in name})
-    flat = [name for name in names if "/" not in name]
-    if flat and classes:
-        raise SimsError(f"{folder} has images beside its sub-folders, like {flat[0]}; move them into a class's folder")
-    if flat:
-        return dict.fromkeys(flat, NO_LABEL), None
-    return {name: classes.index(name.split("/")[0]) for name in names}, classes or None
-
-
-def _indexed(index: Path, names: Sequence[str]) -> dict[str, int]:
-    """Labels from EDM's dataset.json: {"labels": [["rel/path.png", 3], ...]} or {"labels": null}."""
-    try:
-        listed = json.loads(index.read_text(encoding="utf-8"))["labels"]
-    except (ValueError, LookupError, TypeError, OSError):
-        raise SimsError(f'{index} is not JSON of the form {{"labels": [["a.png", 3], ...]}}; correct it') from None
-    if listed is None:
-        return dict.fromkeys(names, NO_LABEL)
-    labels: dict[str, int] = {}
-    for item in listed if isinstance(listed, list) else [listed]:
-        if not (isinstance(item, list) and len(item) == 2 and isinstance(item[0], str)):
-            raise SimsError(f'{index} lists {str(item)[:80]!r} in "labels"; write each as ["rel/path.png", 3]')
-        path = PurePosixPath(item[0].replace("\\", "/"))
-        if path.is_absolute() or ".." in path.parts:
-            raise SimsError(f"{index} names {item[0]}, outside its folder; list paths relative to {index.parent}")
-        if str(path) in labels:
-            raise SimsError(f"{index} names {item[0]} twice; keep one entry")
-        if not (index.parent / path).is_file():
-            raise SimsError(f"{index} names {item[0]}, which is not there; add the file or remove the entry")
-        labels[str(path)] = _label(item[1], f"{index}: {item[0]}")
-    if unlisted := sorted(set(names) - labels.keys()):
-        raise SimsError(f"{index} has no entry for {unlisted[0]}; give it a label (-1: none) or move the file away")
-    return labels
-
-
-def _parquet_entries(files: Sequence[Path]) -> Iterator[_Entry]:
-    running = 0
-    for path in files:
-        try:
-            with pq.ParquetFile(path) as file:
-                columns, row = _columns(path, file.schema_arrow), 0
-                for batch in file.iter_batches(PARQUET_BATCH, columns=columns):
-                    for values in batch.to_pylist():
-                        yield _parquet_entry(f"{path} row {row}", running, values)
-                        running, row = running + 1, row + 1
-        except (pa.ArrowException, OSError) as error:
-            raise SimsError(f"{path} is not readable Parquet ({_one_line(error)}); make or fetch it again") from None
-
-
-def _columns(path: Path, schema: pa.Schema) -> list[str]:
-    if METADATA_KEY in (schema.metadata or {}):
-        raise SimsError(f"{path} is already part of a sample table; use its folder as it is")
-    if "image" not in schema.names:
-        raise SimsError(f"{path} has no column `image`, only {', '.join(schema.names)}; rename the one with the images")
-    kind = schema.field("image").type
-    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-        kind = kind.field("bytes").type
-    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
-        raise SimsError(f"{path}: column `image` is {kind}; store encoded images (PNG, JPEG) as binary")
-    for name in ("label", "index"):
-        if name in schema.names and not pa.types.is_integer(schema.field(name).type):
-            raise SimsError(f"{path}: column `{name}` is {schema.field(name).type}; make it an integer or drop it")
-    return [name for name in ("image", "label", "index") if name in schema.names]
-
-
-def _parquet_entry(name: str, running: int, values: dict[str, Any]) -> _Entry:
-    image = values["image"]
-    data = image["bytes"] if isinstance(image, dict) else image
-    if data is None:
-        raise SimsError(f"{name} has no image bytes; embed them or remove the row")
-    row_id = values.get("index", running)
-    if row_id is None or not 0 <= row_id < 2**63:
-        raise SimsError(f"{name} has index {row_id}; number the rows from 0 or drop the column")
-    label = values.get("label")
-    return _Entry(row_id, NO_LABEL if label is None else _label(label, name), name, data)
-
-
-def _label(value: object, where: str) -> int:
-    if type(value) is not int or not NO_LABEL <= value < LABEL_LIMIT:  # type(): True and 1.0 are no labels
-        raise SimsError(f"{where} has label {str(value)[:80]}; labels are whole numbers from 0, or -1 for none")
-    return value
-
-
-def _survey(source: _Source, size: int | None, crop: Crop, grey: bool) -> tuple[NDArray[np.int32], _Geometry]:
+def _survey(source: Source, size: int | None, crop: Crop, grey: bool) -> tuple[NDArray[np.int32], _Geometry]:
     """First pass, over headers alone: labels int32 [N] and the geometry all images come to."""
     ids, labels, all_grey = [], [], True
     first: tuple[str, tuple[int, int]] | None = None
     for entry in source.entries():
-        with _opened(entry) as image:
+        with open_image(entry) as image:
             found, all_grey = image.size, all_grey and image.mode in GREY_MODES
         first = first or (entry.name, found)
         if size is None:
@@ -309,28 +160,9 @@ def _check_size(first_name: str, first: tuple[int, int], name: str, found: tuple
         raise SimsError(f"{name} is {found[0]}x{found[1]}, not square; give --size to bring all images to one size")
 
 
-@contextmanager
-def _opened(entry: _Entry) -> Iterator[Image.Image]:
-    """The image, lazily decoded; what fails in Pillow inside the block becomes a SimsError naming the entry."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            data = BytesIO(entry.data) if isinstance(entry.data, bytes) else entry.data
-            with Image.open(data, formats=FORMATS) as image:
-                if image.mode.startswith(DEEP_MODES):
-                    raise SimsError(f"{entry.name} has more than 8 bits per channel ({image.mode}); convert it to 8")
-                yield image
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        limit = Image.MAX_IMAGE_PIXELS
-        raise SimsError(f"{entry.name} claims to have more than {limit} pixels; shrink or remove it") from None
-    except DAMAGE as error:
-        reason = "no known format" if isinstance(error, UnidentifiedImageError) else _one_line(error)
-        raise SimsError(f"{entry.name} is not a readable image ({reason}); repair or remove it") from None
-
-
-def _pixels(entry: _Entry, geometry: _Geometry) -> NDArray[np.uint8]:
+def _pixels(entry: Entry, geometry: _Geometry) -> NDArray[np.uint8]:
     """Decode one image to uint8 [C, H, W]."""
-    with _opened(entry) as opened:
+    with open_image(entry) as opened:
         image = ImageOps.exif_transpose(opened).convert(geometry.mode)
         if geometry.resize:
             if geometry.crop == "center":
@@ -342,9 +174,7 @@ def _pixels(entry: _Entry, geometry: _Geometry) -> NDArray[np.uint8]:
     return array.reshape(geometry.side, geometry.side, -1).transpose(2, 0, 1)
 
 
-def _write_parts(
-    source: _Source, geometry: _Geometry, folder: Path, on_progress: Progress
-) -> dict[str, dict[str, int]]:
+def _write_parts(source: Source, geometry: _Geometry, folder: Path, on_progress: Progress) -> dict[str, dict[str, int]]:
     """Second pass: decode and write part files; returns their names and rows."""
     pixels = np.empty((max(1, PART_BYTES // math.prod(geometry.shape)), *geometry.shape), np.uint8)
     files: dict[str, dict[str, int]] = {}
@@ -399,7 +229,3 @@ def _folder_beside(out: Path) -> Iterator[Path]:
         os.replace(beside, out)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -22,7 +22,7 @@ from sims_ray.storage.artifacts import atomic_path, read_manifest
 
 SCHEMA_VERSION = 1
 METADATA_KEY = b"sims_ray"
-ROW_GROUP_BYTES = 64 << 20
+ROW_GROUP_BYTES = 8 << 20  # of raw pixels: larger groups cost memory in reading and writing, and save no space
 NO_LABEL = -1
 
 
@@ -77,7 +77,9 @@ def read_samples(path: Path) -> Samples:
         return Samples(table["id"].to_numpy(), images, table["label"].to_numpy())
     except (pa.ArrowException, KeyError, AttributeError, OSError) as error:
         reason = " ".join(str(error).split())
-        raise SimsError(f"{path} is not a file of a sample table ({reason}); import it with `sims data import`") from None
+        raise SimsError(
+            f"{path} is not a file of a sample table ({reason}); import it with `sims data import`"
+        ) from None
 
 
 class SampleTable:

@@ -29,4 +29,5 @@ def edm_loss(
     """
     weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
     denoised = net(images + sigma.reshape(-1, 1, 1, 1) * noise, sigma, labels)
-    return weight * ((denoised - images) ** 2).flatten(1).sum(1)
+    error: Tensor = ((denoised - images) ** 2).flatten(1).sum(1)
+    return weight * error

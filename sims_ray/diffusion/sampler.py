@@ -1,5 +1,6 @@
 """EDM's noise schedule and second-order sampler."""
 
+import itertools
 from typing import Protocol
 
 import torch
@@ -67,7 +68,7 @@ def heun_sampler(
         sigma = torch.full((x.shape[0],), t, dtype=x.dtype, device=x.device)
         return (x - denoiser(x, sigma, labels).to(x.dtype)) / t  # dx/dt, EDM eq. 3
 
-    for t_cur, t_next in zip(schedule[:-1], schedule[1:], strict=True):
+    for t_cur, t_next in itertools.pairwise(schedule):
         t_hat = t_cur
         if S_churn > 0 and streams is not None:
             noise = streams.randn(x.shape[1:], x.dtype, x.device)

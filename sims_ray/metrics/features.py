@@ -21,7 +21,7 @@ def pixel_features(images: Tensor) -> Tensor:
 @torch.inference_mode()
 def feature_moments(extractor: FeatureExtractor, images: NDArray[np.uint8] | Tensor) -> Moments:
     """Moments of the features of uint8 images [N, C, H, W]."""
-    batches = torch.as_tensor(images).split(BATCH)
+    batches = torch.split(torch.as_tensor(images), BATCH)
     return merge_all(Moments.of(extractor(batch).cpu().numpy()) for batch in batches)
 
 

@@ -6,7 +6,10 @@ from torch import Tensor, nn
 
 
 class FeatureClassifier(nn.Module):
-    """Three 3x3 convolutions, global pooling over a 2x2 grid, one hidden layer of features, then logits.
+    """Three 3x3 convolutions, pooling to a 2x2 grid, one hidden layer of features, then logits.
+
+    The features are bounded (tanh): with unbounded ones a few odd images carry the covariance, and distances of
+    1,000 digits scatter four times as much from one block of seeds to the next.
 
     Args:
         img_channels: C of the images.
@@ -30,7 +33,7 @@ class FeatureClassifier(nn.Module):
         x = F.relu(self.conv1(x))
         x = F.relu(self.conv2(x))
         x = F.adaptive_avg_pool2d(x, 2).flatten(1)
-        return F.relu(self.hidden(x))
+        return torch.tanh(self.hidden(x))
 
     def forward(self, images: Tensor) -> Tensor:
         """Map uint8 images [B, C, H, W] to class logits [B, K]."""

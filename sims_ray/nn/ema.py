@@ -12,7 +12,7 @@ def ema_beta(nimg: int, batch_size: int, halflife_nimg: float, rampup_ratio: flo
     """
     if rampup_ratio is not None:
         halflife_nimg = min(halflife_nimg, nimg * rampup_ratio)
-    return 0.5 ** (batch_size / max(halflife_nimg, 1e-8))
+    return float(0.5 ** (batch_size / max(halflife_nimg, 1e-8)))
 
 
 @torch.no_grad()

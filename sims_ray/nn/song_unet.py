@@ -1,4 +1,4 @@
-"""DDPM++ U-Net (Song et al. 2021, arXiv 2011.13456) as configured by EDM (Karras et al. 2022, arXiv 2206.00364, App. F).
+"""DDPM++ U-Net (Song et al. 2021, arXiv 2011.13456) as configured by EDM (arXiv 2206.00364, App. F).
 
 Parameter names are those of the public EDM checkpoints, so that weights load key for key. Written
 from the papers; only the "positional / standard / standard" (DDPM++) variant lives here.

@@ -11,11 +11,10 @@ DATA_SLOTS = 2  # CPUs that Ray Data's own read and write tasks need beside the 
 
 QUIET = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report waits for one controller poll
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # the core's log on stderr; errors reach the user as exceptions
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # MLflow and the artifacts hold the metrics
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
 }
 
 
@@ -31,6 +30,8 @@ def start_ray(compute: ComputeSettings) -> Any:
         os.environ.setdefault(name, value)
     import ray
 
+    for library in ("ray.data", "ray.tune", "ray.train"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     if ray.is_initialized():
         return ray
     address = os.environ.get("RAY_ADDRESS")

@@ -96,7 +96,7 @@ def _train_classifier(settings: FeatureSettings, table: SampleTable) -> tuple[Fe
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     net.eval().requires_grad_(False)
-    predicted = torch.cat([net(batch).argmax(1) for batch in images.split(512)])
+    predicted = torch.cat([net(batch).argmax(1) for batch in torch.split(images, 512)])
     return net, float((predicted == labels).double().mean())
 
 

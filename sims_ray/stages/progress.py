@@ -20,9 +20,9 @@ class Progress:
 
     def __init__(self, label: str, total_nimg: int, done_nimg: int = 0) -> None:
         self.label, self.total_nimg = label, total_nimg
-        self._start_nimg = self.done_nimg = done_nimg
-        self._start_s = time.monotonic()
-        self._last_s = self._start_s
+        self.done_nimg = done_nimg
+        self._first: tuple[int, float] | None = None  # the speed is counted from here, without the start-up
+        self._last_s = time.monotonic()
         if done_nimg:
             logger.info("%s: going on from %s of %s images", label, f"{done_nimg:,}", f"{total_nimg:,}")
 
@@ -30,20 +30,19 @@ class Progress:
         """Say that `done_nimg` images are done in all."""
         self.done_nimg = done_nimg
         now = time.monotonic()
+        if self._first is None:
+            self._first = (done_nimg, now)
         if now - self._last_s < INTERVAL_S and done_nimg < self.total_nimg:
             return
         self._last_s = now
-        rate = (done_nimg - self._start_nimg) / max(now - self._start_s, 1e-9)
-        left = timedelta(seconds=round((self.total_nimg - done_nimg) / rate)) if rate > 0 else "?"
-        logger.info(
-            "%s: %s of %s images, %s images/s, ETA %s%s",
-            self.label,
-            f"{done_nimg:,}",
-            f"{self.total_nimg:,}",
-            f"{rate:,.0f}",
-            left,
-            f", {note}" if note else "",
-        )
+        first_nimg, first_s = self._first
+        rate = (done_nimg - first_nimg) / max(now - first_s, 1e-9)
+        speed = "starting"
+        if rate > 0:
+            left = timedelta(seconds=round((self.total_nimg - done_nimg) / rate))
+            speed = f"{rate:,.0f} images/s, ETA {left}"
+        tail = f", {note}" if note else ""
+        logger.info("%s: %s of %s images, %s%s", self.label, f"{done_nimg:,}", f"{self.total_nimg:,}", speed, tail)
 
     def add(self, nimg: int, note: str = "") -> None:
         """Say that `nimg` more images are done."""

@@ -64,8 +64,8 @@ class SeedRangeWorker:
     """Samples seed ranges on one CPU slot or GPU; models and extractors stay loaded between ranges."""
 
     def __init__(self, compute: ComputeSettings) -> None:
-        if compute.num_workers:  # in a process of its own, not in the caller's
-            torch.set_num_threads(max(1, int(compute.cpus_per_worker)))
+        # In a process of its own, not in the caller's, where other work goes on.
+        self._threads = max(1, int(compute.cpus_per_worker)) if compute.num_workers else None
         self._batch_size = compute.sampling_batch
         self._device = "cuda" if compute.gpus_per_worker else "cpu"
 
@@ -77,6 +77,8 @@ class SeedRangeWorker:
 
     def run(self, work: SeedRange) -> None:
         """Leave the file of one range, atomically."""
+        if self._threads:
+            torch.set_num_threads(self._threads)  # holds for the calling thread only, and Tune calls from many
         denoiser, card = work.model.load(self._device)
         network = card["network"]
         shape = (network["img_channels"], network["img_resolution"], network["img_resolution"])

@@ -24,7 +24,7 @@ METRICS_PER_CALL = 500
 T = TypeVar("T")
 
 # A dead server must cost seconds, not the minutes of MLflow's default retries.
-PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
+PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
 
 
 class Tracker:
@@ -75,10 +75,10 @@ class Tracker:
     def _connect(self) -> None:
         for name, value in PATIENCE.items():
             os.environ.setdefault(name, value)
-        logging.getLogger("alembic").setLevel(logging.WARNING)
-        logging.getLogger("mlflow").setLevel(logging.WARNING)
         from mlflow.tracking import MlflowClient
 
+        for library in ("alembic", "mlflow"):  # MLflow sets its own level when imported
+            logging.getLogger(library).setLevel(logging.WARNING)
         client = MlflowClient(self.uri)
         found = client.get_experiment_by_name(self._experiment)
         self._experiment_id = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import threading
 import time
@@ -152,11 +153,7 @@ def _train_loop(config: dict[str, Any]) -> None:
         checkpoint = crossed(training.nimg, "checkpoint", job.settings.checkpoint_kimg)
         if crossed(training.nimg, "log", job.settings.log_kimg) or checkpoint or done:
             loss = training.pop_loss()
-            if loss != loss or loss == float("inf"):
-                raise SimsError(
-                    f"the training loss of {job.artifact.path.name} became {loss} at {training.nimg:,} images; the last "
-                    f"good checkpoint is kept: lower the learning rate (now {job.settings.lr:g}) or lengthen its ramp"
-                )
+            _check_loss(job, training.nimg, loss)
             if log is not None:
                 log.write(training.nimg, loss)
         if rank == 0:
@@ -180,10 +177,7 @@ def _build(
             )
         labels = F.one_hot(torch.from_numpy(samples.labels.astype("int64")), label_dim).float()
     torch.manual_seed(step_generator(job.settings.seed, 0, "weights").initial_seed())
-    if job.init is None:
-        net = build_network(job.network)
-    else:
-        net = load_model(job.init)[0].requires_grad_(True)
+    net = build_network(job.network) if job.init is None else load_model(job.init)[0].requires_grad_(True)
     return Training(
         net.to(device),
         job.optimization(),
@@ -194,6 +188,14 @@ def _build(
         world_size=world_size,
         wrap=wrap if world_size > 1 else lambda module: module,
     )
+
+
+def _check_loss(job: TrainJob, nimg: int, loss: float) -> None:
+    if not math.isfinite(loss):
+        raise SimsError(
+            f"the training loss of {job.artifact.path.name} became {loss} at {nimg:,} images; the last good "
+            f"checkpoint is kept: lower the learning rate (now {job.settings.lr:g}) or lengthen its ramp"
+        )
 
 
 def _save(job: TrainJob, training: Training, checkpoint: bool) -> None:

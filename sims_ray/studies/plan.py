@@ -49,17 +49,19 @@ class Plan:
         self._check_images()
 
     def _check_images(self) -> None:
-        channels, height, width = self.shape
+        _, height, width = self.shape
         network = self.recipe.network
         halvings = len(network.channel_mult) - 1
         if height != width or height % 2**halvings:
             raise SimsError(
-                f"{self.recipe.data.path} holds {height}x{width} images, but network.channel_mult={network.channel_mult} "
-                f"needs squares that divide by {2**halvings}; import with --size, or give fewer multipliers"
+                f"{self.recipe.data.path} holds {height}x{width} images, but the {halvings + 1} levels of "
+                f"network.channel_mult need squares that divide by {2**halvings}; "
+                f"import with --size, or give fewer levels"
             )
         if network.conditional and self.num_classes < 2:
             raise SimsError(
-                f"{self.recipe.data.path} has no labels, but network.conditional=true; import labelled images or set it false"
+                f"{self.recipe.data.path} has no labels, but network.conditional=true; "
+                f"import labelled images or set it false"
             )
         if self.recipe.features.kind == "classifier" and self.num_classes < 2:
             raise SimsError(

@@ -29,6 +29,7 @@ from sims_ray.stages.tune import Trial, tune
 from sims_ray.storage.artifacts import Artifact, fingerprint, write_json
 from sims_ray.studies.console import closing_words, stages_overview
 from sims_ray.studies.plan import Plan
+from sims_ray.studies.summary import summarise
 
 logger = logging.getLogger("sims_ray")
 
@@ -142,7 +143,7 @@ class SimsRun:
             params = dict(zip(("omega", "budget_kimg", "n_s"), cell, strict=True))
             for i, evaluation in enumerate(measured[name]):
                 self._log_evaluation(evaluation, f"report {name} block {i}", params, self.root)
-        summary = self.summary(selected)
+        summary = summarise(self.plan, selected)
         page = self.out / REPORT_FOLDER / PAGE
         if not page.is_file() or _read(self.out / RESULT) != json.loads(json.dumps(summary)):
             write_report(page.parent, summary, self.previews(selected))
@@ -159,50 +160,6 @@ class SimsRun:
         """The preview images of each compared model, uint8 [N, C, H, W], from the same seeds."""
         jobs = self.plan.preview_jobs(selected)
         return {name: SampleTable(job.artifact.path).head(len(job.seeds)).images for name, job in jobs.items()}
-
-    def summary(self, selected: Mapping[str, Any]) -> dict[str, Any]:
-        """Everything the report shows, as plain values."""
-        losses = {"base": read_metrics(self.plan.base_job.artifact.path)}
-        for n_s in self.recipe.tune.n_s:
-            losses[f"auxiliary n_s={n_s}"] = read_metrics(self.plan.finetune_job(n_s).artifact.path)
-        return {
-            "name": self.recipe.name,
-            "metric": self.plan.report_evaluations(selected)["base"][0].metric,
-            "n_images": self.recipe.evaluate.n_images,
-            "blocks": self.recipe.evaluate.blocks,
-            "num_real": len(SampleTable(self.plan.table)),
-            "table": self.table(selected),
-            "selected": dict(selected),
-            "trials": self.plan.sweep.result["trials"],
-            "losses": losses,
-            "settings": self.recipe.model_dump(mode="json", exclude={"tracking"}),
-            "versions": self.plan.sweep.manifest["versions"],
-            "seeds": {use: [seeds.start, seeds.stop] for use, seeds in self.plan.seeds.items()},
-        }
-
-    def table(self, selected: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Base, auxiliary and SIMS on the report seeds: mean distance over the blocks and its spread."""
-        cells, rows = self.plan.compared(selected), []
-        calls = 2 * self.recipe.sampler.num_steps - 1
-        for name, evaluations in self.plan.report_evaluations(selected).items():
-            blocks = [e.artifact.result["distance"] for e in evaluations]
-            omega, budget, n_s = cells[name]
-            rows.append(
-                {
-                    "model": name,
-                    "omega": omega,
-                    "budget_kimg": budget,
-                    "n_s": n_s,
-                    "distance": float(np.mean(blocks)),
-                    "spread": float(np.std(blocks, ddof=1)) if len(blocks) > 1 else 0.0,
-                    "blocks": blocks,
-                    "n_images": len(evaluations[0].seeds),
-                    "evaluations_per_image": calls * (1 if omega in (0, -1) else 2),
-                }
-            )
-        for row in rows:
-            row["gain"] = 1 - row["distance"] / rows[0]["distance"]
-        return rows
 
     def cell(self, omega: float, budget_kimg: float | None, n_s: int | None) -> tuple[float, float | None, int | None]:
         """A point of the search space with defaults filled in: the largest budget and set.

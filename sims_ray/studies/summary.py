@@ -1,0 +1,57 @@
+"""The outcome of a run as plain values: what the report shows and the terminal prints."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from sims_ray.data.table import SampleTable
+from sims_ray.stages.train import read_metrics
+from sims_ray.studies.plan import Plan
+
+
+def summarise(plan: Plan, selected: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything the report shows, as JSON values; `selected` is the cell that the sweep chose."""
+    losses = {"base": read_metrics(plan.base_job.artifact.path)}
+    for n_s in plan.recipe.tune.n_s:
+        losses[f"auxiliary n_s={n_s}"] = read_metrics(plan.finetune_job(n_s).artifact.path)
+    return {
+        "name": plan.recipe.name,
+        "metric": plan.report_evaluations(selected)["base"][0].metric,
+        "n_images": plan.recipe.evaluate.n_images,
+        "blocks": plan.recipe.evaluate.blocks,
+        "num_real": len(SampleTable(plan.table)),
+        "table": result_rows(plan, selected),
+        "selected": dict(selected),
+        "trials": plan.sweep.result["trials"],
+        "losses": losses,
+        "settings": plan.recipe.model_dump(mode="json", exclude={"tracking", "compute"}),
+        "versions": plan.sweep.manifest["versions"],
+        "seeds": {use: [seeds.start, seeds.stop] for use, seeds in plan.seeds.items()},
+    }
+
+
+def result_rows(plan: Plan, selected: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Base, auxiliary and SIMS on the report seeds: mean distance over the blocks, its spread, the gain."""
+    cells, rows, base = plan.compared(selected), [], float("nan")
+    calls = 2 * plan.recipe.sampler.num_steps - 1
+    for name, evaluations in plan.report_evaluations(selected).items():
+        omega, budget, n_s = cells[name]
+        blocks = [e.artifact.result["distance"] for e in evaluations]
+        distance = float(np.mean(blocks))
+        base = distance if name == "base" else base
+        rows.append(
+            {
+                "model": name,
+                "omega": omega,
+                "budget_kimg": budget,
+                "n_s": n_s,
+                "distance": distance,
+                "spread": float(np.std(blocks, ddof=1)) if len(blocks) > 1 else 0.0,
+                "blocks": blocks,
+                "n_images": len(evaluations[0].seeds),
+                "evaluations_per_image": calls * (1 if omega in (0, -1) else 2),
+                "gain": 1 - distance / base,
+            }
+        )
+    return rows

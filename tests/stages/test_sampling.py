@@ -1,0 +1,96 @@
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sims_ray.config import ComputeSettings
+from sims_ray.data.table import SampleTable
+from sims_ray.stages.evaluate import evaluate
+from sims_ray.stages.synthesize import synthesize
+from sims_ray.stages.tune import tune
+from sims_ray.studies.sims import SimsRun
+from tests.conftest import TinyRecipe
+
+ALONE = ComputeSettings(num_workers=0)
+
+
+@pytest.fixture(scope="module")
+def finetuned(tiny: TinyRecipe, tmp_path_factory: pytest.TempPathFactory) -> SimsRun:
+    """A run with everything up to the sweep, made without Ray."""
+    run = SimsRun(tiny("network.conditional=true"), tmp_path_factory.mktemp("run"))
+    run.finetune()
+    run.make_features()
+    return run
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.parquet"))}
+
+
+def test_actors_leave_the_same_files_as_a_plain_loop(
+    finetuned: SimsRun, tiny: TinyRecipe, ray_cluster: ComputeSettings
+) -> None:
+    job = finetuned.plan.synthesis_job
+    expected = digests(job.artifact.path)
+    assert len(expected) == 3
+    for name in [*expected, "manifest.json"]:
+        (job.artifact.path / name).unlink()
+    synthesize([job], ray_cluster)
+    assert digests(job.artifact.path) == expected
+
+
+def test_only_missing_seed_ranges_are_sampled_again(finetuned: SimsRun) -> None:
+    job = finetuned.plan.synthesis_job
+    before = {path: path.stat().st_mtime_ns for path in job.artifact.path.glob("*.parquet")}
+    torn, *kept = sorted(before)
+    torn.unlink()
+    (job.artifact.path / "manifest.json").unlink()
+    synthesize([job], ALONE)
+    assert torn.is_file()
+    assert all(path.stat().st_mtime_ns == before[path] for path in kept)
+
+
+def test_synthetic_ids_are_the_seeds_and_labels_are_drawn_from_them(finetuned: SimsRun) -> None:
+    samples = SampleTable(finetuned.plan.synthesis_job.artifact.path).head(96)
+    assert np.array_equal(samples.ids, np.arange(96))
+    assert set(samples.labels) <= set(range(10)) and len(set(samples.labels)) > 5
+
+
+def test_a_sweep_on_ray_tune_measures_what_a_plain_evaluation_measures(
+    finetuned: SimsRun, ray_cluster: ComputeSettings, tmp_path: Path
+) -> None:
+    trials = finetuned.plan.trials
+    seen: list[str] = []
+    tune(finetuned.plan.sweep, trials, ray_cluster, lambda trial: seen.append(trial.name))
+    assert sorted(seen) == sorted(trial.name for trial in trials) and len(seen) == 1 + 2 * 2
+    on_tune = [trial.evaluation.artifact.result["distance"] for trial in trials]
+    for trial in trials:
+        for path in trial.evaluation.artifact.path.iterdir():
+            path.unlink()
+    evaluate([trial.evaluation for trial in trials], ALONE)
+    assert on_tune == pytest.approx([t.evaluation.artifact.result["distance"] for t in trials], rel=1e-6)
+    guided = [trial for trial in trials if trial.omega > 0]
+    best = min(guided, key=lambda trial: trial.evaluation.artifact.result["distance"])
+    assert finetuned.plan.sweep.result["selected"]["budget_kimg"] == best.budget_kimg
+
+
+def test_a_trial_with_a_result_is_not_run_again(finetuned: SimsRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep, trials = finetuned.plan.sweep, finetuned.plan.trials
+    evaluate([trial.evaluation for trial in trials], ALONE)
+    (sweep.path / "manifest.json").unlink(missing_ok=True)
+    monkeypatch.setattr("sims_ray.stages.tune.evaluate_here", lambda *_: pytest.fail("a trial ran twice"))
+    seen: list[str] = []
+    tune(sweep, trials, ALONE, lambda trial: seen.append(trial.name))
+    assert len(seen) == len(trials) and sweep.complete
+
+
+def test_moments_from_actors_equal_those_of_a_plain_loop(finetuned: SimsRun, ray_cluster: ComputeSettings) -> None:
+    evaluation = finetuned.plan.evaluation(range(500, 564), 1.0, 1.0, 96)
+    evaluate([evaluation], ALONE)
+    expected = evaluation.artifact.result["distance"]
+    for path in evaluation.artifact.path.iterdir():
+        path.unlink()
+    evaluate([evaluation], ray_cluster)
+    assert evaluation.artifact.result["distance"] == pytest.approx(expected, rel=1e-6)
+    assert [path.name for path in evaluation.artifact.path.glob("part-*")] == []

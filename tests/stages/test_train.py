@@ -1,0 +1,113 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sims_ray.config import ComputeSettings
+from sims_ray.diffusion.training import Training
+from sims_ray.errors import SimsError
+from sims_ray.stages.train import TrainJob, read_metrics, train
+from sims_ray.storage.checkpoints import load_tensors
+from sims_ray.studies.sims import SimsRun
+from tests.conftest import TinyRecipe
+
+ALONE = ComputeSettings(num_workers=0)
+
+
+class Stopped(Exception):
+    """The process dies here."""
+
+
+def prepared(tiny: TinyRecipe, out: Path, *overrides: str) -> TrainJob:
+    run = SimsRun(tiny(*overrides), out)
+    run.import_data()
+    return run.plan.base_job
+
+
+def trained(job: TrainJob, compute: ComputeSettings = ALONE) -> dict[str, torch.Tensor]:
+    rows: list[dict[str, float]] = []
+    train(job, compute, rows.append)
+    assert [row["nimg"] for row in rows] == sorted({row["nimg"] for row in rows})
+    (snapshot,) = job.artifact.result["snapshots"].values()
+    return load_tensors(job.artifact.path / snapshot)[0]
+
+
+def test_training_stopped_anywhere_and_rerun_equals_the_undisturbed_run_bit_for_bit(
+    tiny: TinyRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight, stopped = (prepared(tiny, tmp_path / name, "network.dropout=0.1") for name in ("a", "b"))
+    expected = trained(straight)
+    step = Training.step
+    for stop_nimg in (320, 1100, 1500):
+
+        def dies(training: Training, stop_nimg: int = stop_nimg) -> None:
+            step(training)
+            if training.nimg >= stop_nimg:
+                raise Stopped
+
+        monkeypatch.setattr(Training, "step", dies)
+        with pytest.raises(SimsError, match="run the same command"):
+            train(stopped, ALONE, lambda row: None)
+    monkeypatch.setattr(Training, "step", step)
+    actual = trained(stopped)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    losses = [[(r["nimg"], r["loss"]) for r in read_metrics(job.artifact.path)] for job in (straight, stopped)]
+    assert losses[0] == losses[1]
+
+
+def test_two_workers_train_the_same_model_as_one(
+    tiny: TinyRecipe, tmp_path: Path, ray_cluster: ComputeSettings
+) -> None:
+    alone, together = (prepared(tiny, tmp_path / name) for name in ("a", "b"))
+    expected, actual = trained(alone), trained(together, ray_cluster)
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-3, atol=1e-4)
+    first, second = (read_metrics(job.artifact.path) for job in (alone, together))
+    assert [r["nimg"] for r in first] == [r["nimg"] for r in second]
+    assert second[0]["loss"] == pytest.approx(first[0]["loss"], rel=1e-5)
+    assert second[-1]["loss"] == pytest.approx(first[-1]["loss"], rel=1e-3)
+
+
+def test_each_budget_leaves_a_snapshot_that_equals_a_run_to_that_budget(tiny: TinyRecipe, tmp_path: Path) -> None:
+    both = SimsRun(tiny(), tmp_path / "both")
+    both.finetune()
+    job = both.plan.finetune_job(96)
+    snapshots = job.artifact.result["snapshots"]
+    assert sorted(snapshots) == ["0.5", "1"]
+    short = SimsRun(tiny("finetune.budgets_kimg=[0.5]"), tmp_path / "both")
+    short.finetune()
+    one = load_tensors(short.plan.finetune_job(96).artifact.path / snapshots["0.5"])[0]
+    other, card = load_tensors(job.artifact.path / snapshots["0.5"])
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert card["role"] == "auxiliary" and card["nimg"] == 512  # the first step that reaches 500 images
+
+
+def test_fine_tuning_starts_from_the_base_and_sees_synthetic_rows_only(
+    tiny: TinyRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = SimsRun(tiny(), tmp_path)
+    run.synthesize()
+    seen: dict[str, Any] = {}
+    init = Training.__init__
+
+    def spy(self: Training, net: Any, settings: Any, images: Any, *args: Any, **kwargs: Any) -> None:
+        seen["weights"] = {name: value.clone() for name, value in net.state_dict().items()}
+        seen["images"] = images.clone()
+        init(self, net, settings, images, *args, **kwargs)
+
+    monkeypatch.setattr(Training, "__init__", spy)
+    run.finetune()
+    base = load_tensors(run.plan.base)[0]
+    assert all(torch.equal(seen["weights"][name], base[name]) for name in base)
+    from sims_ray.data.table import SampleTable
+
+    synthetic = SampleTable(run.plan.synthesis_job.artifact.path).head(96)
+    assert torch.equal(seen["images"], torch.from_numpy(synthetic.images.copy()))
+
+
+def test_a_loss_that_explodes_stops_with_advice_and_no_artifact(tiny: TinyRecipe, tmp_path: Path) -> None:
+    job = prepared(tiny, tmp_path, "train.lr=1e30", "train.lr_rampup_kimg=0")
+    with pytest.raises(SimsError, match="lower the learning rate"):
+        train(job, ALONE, lambda row: None)
+    assert not job.artifact.complete

@@ -1,0 +1,130 @@
+"""kill -9 of the driver in each stage, then the same command: the result is that of an undisturbed run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import TINY
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+
+MARK = "SIMS_RAY_TEST_RUN"
+DEADLINE_S = 400.0
+SETTINGS = (
+    *TINY,
+    "tracking.enabled=false",
+    "train.duration_kimg=20",
+    "finetune.budgets_kimg=[5,10]",
+    "tune.n_s=[512]",
+    "tune.n_images=256",
+    "evaluate.n_images=256",
+)
+
+
+def command(out: Path) -> list[str]:
+    sets = [word for setting in SETTINGS for word in ("--set", setting)]
+    return [sys.executable, "-m", "sims_ray.cli", "run", "digits", "--out", str(out), *sets]
+
+
+def environment(mark: str) -> dict[str, str]:
+    return {**{k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}, MARK: mark}
+
+
+def marked(mark: str) -> list[int]:
+    """Processes, Ray's own included, that were started under this mark."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"{MARK}={mark}".encode() in (entry / "environ").read_bytes():
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.fixture
+def mark() -> Iterator[str]:
+    """A mark in the environment of every process of a test; none is left when it ends."""
+    name = uuid.uuid4().hex
+    yield name
+    for pid in marked(name):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def unfinished(out: Path, stage: str, file: str) -> list[Path]:
+    """Files of a stage's artifacts that are not committed yet."""
+    folders = [f for f in out.glob(f"artifacts/{stage}-*") if not (f / "manifest.json").exists()]
+    return [path for folder in folders for path in folder.glob(file)]
+
+
+def committed(out: Path, stage: str) -> int:
+    return len(list(out.glob(f"artifacts/{stage}-*/manifest.json")))
+
+
+IN_STAGE: dict[str, Callable[[Path], bool]] = {
+    "train": lambda out: committed(out, "train") == 0 and bool(unfinished(out, "train", "state-*")),
+    "synthesize": lambda out: bool(unfinished(out, "synthesize", "seeds-*.parquet")),
+    "finetune": lambda out: committed(out, "train") == 1 and bool(unfinished(out, "train", "state-*")),
+    "tune": lambda out: 0 < committed(out, "evaluate") < 5 and committed(out, "tune") == 0,
+    "evaluate": lambda out: committed(out, "tune") == 1 and bool(unfinished(out, "evaluate", "part-*.npz")),
+}
+
+
+def result(out: Path) -> Any:
+    summary = json.loads((out / "result.json").read_text())
+    losses = {name: [(r["nimg"], r["loss"]) for r in rows] for name, rows in summary["losses"].items()}
+    return summary["table"], summary["trials"], summary["selected"], losses
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    subprocess.run(command(out), env=environment("undisturbed"), check=True, timeout=DEADLINE_S)
+    return result(out)
+
+
+@pytest.mark.parametrize("stage", IN_STAGE)
+def test_a_driver_killed_in_any_stage_and_rerun_gives_the_undisturbed_table_digit_for_digit(
+    stage: str, undisturbed: Any, tmp_path: Path, mark: str
+) -> None:
+    out = tmp_path / "run"
+    driver = subprocess.Popen(command(out), env=environment(mark))
+    deadline = time.monotonic() + DEADLINE_S
+    while not IN_STAGE[stage](out):
+        assert driver.poll() is None, f"the run ended before it was seen in {stage}"
+        assert time.monotonic() < deadline, f"{stage} was not reached"
+        time.sleep(0.02)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    assert not (out / "result.json").exists()
+    before = {p: p.stat().st_mtime_ns for p in out.glob("artifacts/*/manifest.json")}
+    subprocess.run(command(out), env=environment(mark), check=True, timeout=DEADLINE_S)
+    assert result(out) == undisturbed
+    assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in before.items())
+
+
+def test_ctrl_c_ends_with_a_hint_and_leaves_no_process(tmp_path: Path, mark: str) -> None:
+    out = tmp_path / "run"
+    driver = subprocess.Popen(command(out), env=environment(mark), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + DEADLINE_S
+    while not IN_STAGE["train"](out):
+        assert driver.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    driver.send_signal(signal.SIGINT)
+    _, stderr = driver.communicate(timeout=120)
+    assert driver.returncode == 130 and "run the same command again" in stderr
+    while marked(mark):
+        assert time.monotonic() < deadline, "processes are left"
+        time.sleep(0.5)

@@ -1,0 +1,95 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mlflow.tracking import MlflowClient
+from PIL import Image
+
+from sims_ray.data.importers import import_images
+from sims_ray.errors import SimsError
+from sims_ray.studies.sims import SimsRun
+from tests.conftest import TinyRecipe
+
+
+def times(out: Path) -> dict[str, int]:
+    return {
+        str(p.relative_to(out)): p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and "mlflow" not in p.name
+    }
+
+
+def test_a_second_run_reruns_nothing_and_says_the_same(tiny: TinyRecipe, out: Path) -> None:
+    first = SimsRun(tiny("tracking.enabled=true"), out).report()
+    before = times(out)
+    run = SimsRun(tiny("tracking.enabled=true"), out)
+    assert run.report() == first
+    assert times(out) == before
+    assert "to do" not in run.describe()
+    assert [row["model"] for row in first["table"]] == ["base", "auxiliary", "SIMS"]
+    assert json.loads((out / "result.json").read_text())["table"] == first["table"]
+    assert (out / "report" / "report.html").stat().st_size > 1e6
+    client = MlflowClient(f"sqlite:///{out / 'mlflow.db'}")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "sims"]
+    runs = client.search_runs([experiment.experiment_id])
+    assert {r.info.status for r in runs} == {"FINISHED"}
+    names = sorted(r.data.tags["mlflow.runName"] for r in runs)
+    assert len(names) == len(set(names)) and "sweep" in names and "digits" in names
+    sweep = next(r for r in runs if r.data.tags["mlflow.runName"] == "sweep")
+    children = [r for r in runs if r.data.tags.get("mlflow.parentRunId") == sweep.info.run_id]
+    assert len(children) == 5 and all("fd_classifier" in r.data.metrics for r in children)
+
+
+def test_a_changed_search_reuses_what_it_does_not_touch(tiny: TinyRecipe, out: Path) -> None:
+    SimsRun(tiny(), out).tune()
+    before = times(out)
+    wider = SimsRun(tiny("tune.omega=[-1,0,1,2]"), out)
+    wider.tune()
+    after = times(out)
+    assert all(after[name] == before[name] for name in before)
+    new = {Path(name).parts[1].split("-")[0] for name in after.keys() - before.keys()}
+    assert new == {"evaluate", "tune"}
+
+
+def test_dry_run_changes_nothing(tiny: TinyRecipe, out: Path) -> None:
+    text = SimsRun(tiny(), out).describe()
+    assert not out.exists() and "train base" in text and "to do" in text
+
+
+def test_own_images_run_end_to_end(tiny: TinyRecipe, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for label in ("dark", "light"):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for i in range(40):
+            level = 60 if label == "dark" else 190
+            pixels = (level + rng.integers(-40, 40, (24, 20, 3))).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / label / f"{i}.png")
+    import_images(tmp_path / "photos", tmp_path / "table", size=16)
+    overrides = ("network.channel_mult=[1,1]", "network.attn_resolutions=[8]", f"data.path={tmp_path / 'table'}")
+    summary = SimsRun(tiny(*overrides), tmp_path / "run").report()
+    assert summary["num_real"] == 80 and summary["metric"] == "fd_classifier@64"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (("data.path=nowhere",), "nowhere has no manifest.json"),
+        (("network.channel_mult=[1,1,1,1,1]",), "divide by 16"),
+    ],
+)
+def test_data_that_cannot_work_stops_before_any_work(
+    tiny: TinyRecipe, out: Path, overrides: tuple[str, ...], sentence: str
+) -> None:
+    with pytest.raises(SimsError, match=sentence):
+        SimsRun(tiny(*overrides), out)
+    assert not out.exists()
+
+
+def test_unlabelled_images_need_features_without_labels(tiny: TinyRecipe, tmp_path: Path) -> None:
+    for i in range(12):
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        Image.fromarray(np.full((8, 8), i * 20, np.uint8)).save(tmp_path / "photos" / f"{i}.png")
+    import_images(tmp_path / "photos", tmp_path / "table")
+    with pytest.raises(SimsError, match=r"features\.kind=pixels"):
+        SimsRun(tiny(f"data.path={tmp_path / 'table'}"), tmp_path / "run")
+    run = SimsRun(tiny(f"data.path={tmp_path / 'table'}", "features.kind=pixels"), tmp_path / "run")
+    assert run.tune()["metric"] == "fd_pixels@64"
