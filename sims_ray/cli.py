@@ -98,7 +98,7 @@ def evaluate(
     """Measure the Fréchet distance of one model on the report seeds."""
 
     def action(run: Any) -> None:
-        for block, result in enumerate(run.measure(*run.cell(omega, budget, n_s))):
+        for block, result in enumerate(run.measure(*run.plan.cell(omega, budget, n_s))):
             typer.echo(f"block {block}: {result['metric']} = {result['distance']:.3f}")
 
     _run(recipe, set_, out, dry_run, action)
@@ -124,23 +124,27 @@ def report(recipe: RecipeArg, set_: SetOption = None, out: OutOption = None, dry
     run(recipe, set_, out, dry_run)
 
 
-@app.command(
-    epilog="Example: sims sample grid.png --base ema-150kimg.safetensors --aux ema-40kimg.safetensors --omega 1"
-)
+@app.command(epilog="Example: sims sample grid.png --run runs/digits --model SIMS --n 64")
 def sample(
     target: Annotated[Path, typer.Argument(help="A .png for a grid, otherwise a folder of PNG files.")],
-    base: Annotated[Path, typer.Option(help="Checkpoint of the base.")],
-    aux: Annotated[Path | None, typer.Option(help="Checkpoint of the auxiliary.")] = None,
-    omega: Annotated[float, typer.Option(help="Guidance strength; 0 is the base, -1 the auxiliary.")] = 0.0,
+    run: Annotated[Path | None, typer.Option(help="Output folder of a finished run.")] = None,
+    model: Annotated[str, typer.Option(help="With --run: base, auxiliary or SIMS, as selected there.")] = "SIMS",
+    base: Annotated[Path | None, typer.Option(help="Instead of --run: checkpoint of the base.")] = None,
+    aux: Annotated[Path | None, typer.Option(help="With --base: checkpoint of the auxiliary.")] = None,
+    omega: Annotated[float, typer.Option(help="With --base: guidance strength; 0 is the base.")] = 0.0,
     n: Annotated[int, typer.Option(min=1, help="Number of images.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first image; the others follow.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Heun steps.")] = 18,
 ) -> None:
-    """Sample images from a base, an auxiliary or SIMS checkpoint pair."""
+    """Sample images from a model of a finished run, or from checkpoints."""
+    if (run is None) == (base is None):
+        raise SimsError("sims sample needs either --run FOLDER or --base CHECKPOINT; give one of them")
     from sims_ray.config import SamplerSettings
-    from sims_ray.studies.sample import sample_images
+    from sims_ray.storage.models import SimsModel
+    from sims_ray.studies.sample import model_of_run, sample_images
 
-    typer.echo(sample_images(target, base, aux, omega, range(seed, seed + n), SamplerSettings(num_steps=steps)))
+    source = SimsModel.of(base, aux, omega) if base else model_of_run(run or Path(), model)
+    typer.echo(sample_images(target, source, range(seed, seed + n), SamplerSettings(num_steps=steps)))
 
 
 @app.command(epilog="Example: sims config digits --set train.lr=1e-3")

@@ -41,7 +41,9 @@ class NetworkSettings(Settings):
     """DDPM++ network with EDM preconditioning; resolution and channels come from the data."""
 
     model_channels: Annotated[int, Field(ge=8, multiple_of=4)] = Field(128, description="base width")
-    channel_mult: tuple[Count, ...] = Field((2, 2, 2), description="width multiplier per resolution, highest first")
+    channel_mult: tuple[Count, ...] = Field(
+        (2, 2, 2), min_length=1, description="width multiplier per resolution, highest first"
+    )
     num_blocks: Count = Field(4, description="residual blocks per resolution")
     attn_resolutions: tuple[Count, ...] = Field((16,), description="resolutions with self-attention")
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.13
@@ -80,7 +82,7 @@ class FinetuneSettings(OptimizerSettings):
     @model_validator(mode="after")
     def _increasing(self) -> Self:
         if any(a >= b for a, b in pairwise(self.budgets_kimg)):
-            raise ValueError("budgets_kimg must increase, like [10, 20, 40]")
+            raise ValueError(f"budgets_kimg={list(self.budgets_kimg)} must increase, like [10, 20, 40]")
         return self
 
 
@@ -100,6 +102,8 @@ class SamplerSettings(Settings):
     def _ordered(self) -> Self:
         if self.sigma_min >= self.sigma_max:
             raise ValueError(f"sigma_min={self.sigma_min:g} must be below sigma_max={self.sigma_max:g}")
+        if self.S_min > self.S_max:
+            raise ValueError(f"S_min={self.S_min:g} must not exceed S_max={self.S_max:g}")
         return self
 
 
@@ -141,9 +145,11 @@ class TuneSettings(Settings):
     @model_validator(mode="after")
     def _searchable(self) -> Self:
         if not any(omega > 0 for omega in self.omega):
-            raise ValueError("omega needs at least one value above 0, or there is nothing to choose")
-        if len(set(self.omega)) < len(self.omega) or len(set(self.n_s)) < len(self.n_s):
-            raise ValueError("omega and n_s must not repeat a value")
+            raise ValueError(f"omega={list(self.omega)} needs a value above 0, or there is nothing to choose")
+        for name in ("omega", "n_s"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name}={list(values)} must not repeat a value")
         return self
 
 
@@ -180,7 +186,7 @@ class TrackingSettings(Settings):
 class Recipe(Settings):
     """Everything a run needs."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")]
     data: DataSettings = DataSettings()
     network: NetworkSettings = NetworkSettings()
     train: TrainSettings
@@ -251,7 +257,12 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise SimsError("; ".join(_explain(e) for e in error.errors()) + f" (recipe {where})") from None
+        locations = {e["loc"] for e in error.errors()}
+        # A container is said to be too short when it is one of its items that is wrong: say the item only.
+        causes = [
+            e for e in error.errors() if not any(e["loc"] == loc[: len(e["loc"])] for loc in locations - {e["loc"]})
+        ]
+        raise SimsError("; ".join(_explain(e) for e in causes) + f" (recipe {where})") from None
 
 
 def builtin_recipes() -> list[str]:
@@ -269,7 +280,10 @@ def _read(source: str | Path) -> tuple[str, str]:
     path = Path(source)
     if not path.is_file():
         raise SimsError(f"no recipe {str(source)!r}: give a YAML file, or one of {', '.join(builtin_recipes())}")
-    return path.read_text(), str(path)
+    try:
+        return path.read_text(encoding="utf-8"), str(path)
+    except UnicodeDecodeError:
+        raise SimsError(f"{path} is not UTF-8 text; give a recipe in YAML") from None
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -279,7 +293,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     *parents, leaf = key.split(".")
     node = tree
     for parent in parents:
-        child = node.setdefault(parent, {})
+        child = node.get(parent)
+        if child is None:
+            child = node[parent] = {}
         if not isinstance(child, dict):
             raise SimsError(f"--set {key}: {parent} is a value, not a section; name a setting that exists")
         node = child
@@ -302,7 +318,7 @@ def _explain(error: Mapping[str, Any]) -> str:
         return f"{name} is missing; give it in the recipe or with --set {name}=..."
     message = error["msg"].removeprefix("Value error, ")
     if kind == "value_error":
-        return f"{name}: {message}" if name else message
+        return f"{name}.{message}" if name else message
     return f"{name}={error['input']!r} is not allowed: {message[0].lower()}{message[1:]}"
 
 

@@ -1,7 +1,8 @@
 """One training run: its state, and a step that any number of workers compute alike.
 
 Progress is counted in images seen. The noise of a step is drawn for the whole global batch from
-(seed, nimg) and sliced, so the number of workers never enters the mathematics.
+(seed, nimg) and sliced, so the number of workers never enters the mathematics. Dropout masks are the
+exception: each worker draws those of its own slice.
 """
 
 from __future__ import annotations

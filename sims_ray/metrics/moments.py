@@ -28,8 +28,14 @@ class Moments:
 
     @classmethod
     def of(cls, features: NDArray[np.floating]) -> Moments:
-        """Moments of one batch of features [N, F]."""
+        """Moments of one batch of features [N, F].
+
+        Raises:
+            ValueError: the batch is empty.
+        """
         batch = np.asarray(features, dtype=np.float64)
+        if not len(batch):
+            raise ValueError("no features to take moments of; give at least one image")
         mean = batch.mean(axis=0)
         centred = batch - mean
         return cls(len(batch), mean, centred.T @ centred)

@@ -89,11 +89,12 @@ class Conv2d(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation over min(32, channels / 4) groups."""
+    """Group normalisation over min(32, channels / 4) groups, or fewer where those do not divide the channels."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.groups = min(MAX_GROUPS, channels // CHANNELS_PER_GROUP)
+        most = min(MAX_GROUPS, channels // CHANNELS_PER_GROUP)
+        self.groups = next(groups for groups in range(most, 0, -1) if channels % groups == 0)
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 

@@ -2,6 +2,12 @@
 
 import logging
 import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from sims_ray.config import ComputeSettings
@@ -55,10 +61,19 @@ def start_ray(compute: ComputeSettings) -> Any:
     return ray
 
 
+@contextmanager
+def ray_folder(beside: Path) -> Iterator[dict[str, str]]:
+    """`name` and `storage_path` for Ray's own bookkeeping of one execution; the artifact holds what counts."""
+    storage = beside.parent.resolve() / ".ray"
+    name = f"{beside.name}-{os.getpid()}-{time.time_ns()}"
+    try:
+        yield {"name": name, "storage_path": str(storage)}
+    finally:
+        shutil.rmtree(storage / name, ignore_errors=True)
+
+
 def stop_ray() -> None:
     """Leave Ray; a local cluster of this process ends with it."""
-    import sys
-
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
         ray.shutdown()

@@ -26,13 +26,13 @@ class Progress:
         if done_nimg:
             logger.info("%s: going on from %s of %s images", label, f"{done_nimg:,}", f"{total_nimg:,}")
 
-    def update(self, done_nimg: int, note: str = "") -> None:
-        """Say that `done_nimg` images are done in all."""
+    def update(self, done_nimg: int, note: str = "", always: bool = False) -> None:
+        """Say that `done_nimg` images are done in all; `always` logs a line however recent the last one is."""
         self.done_nimg = done_nimg
         now = time.monotonic()
         if self._first is None:
             self._first = (done_nimg, now)
-        if now - self._last_s < INTERVAL_S and done_nimg < self.total_nimg:
+        if now - self._last_s < INTERVAL_S and done_nimg < self.total_nimg and not always:
             return
         self._last_s = now
         first_nimg, first_s = self._first
@@ -44,6 +44,6 @@ class Progress:
         tail = f", {note}" if note else ""
         logger.info("%s: %s of %s images, %s%s", self.label, f"{done_nimg:,}", f"{self.total_nimg:,}", speed, tail)
 
-    def add(self, nimg: int, note: str = "") -> None:
+    def add(self, nimg: int, note: str = "", always: bool = False) -> None:
         """Say that `nimg` more images are done."""
-        self.update(self.done_nimg + nimg, note)
+        self.update(self.done_nimg + nimg, note, always)

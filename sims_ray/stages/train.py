@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +21,7 @@ from sims_ray.diffusion.noise import step_generator
 from sims_ray.diffusion.training import Optimization, Training
 from sims_ray.errors import SimsError
 from sims_ray.nn.precond import build_network
-from sims_ray.stages.cluster import start_ray
+from sims_ray.stages.cluster import ray_folder, start_ray
 from sims_ray.stages.progress import Progress
 from sims_ray.storage.artifacts import Artifact
 from sims_ray.storage.checkpoints import load_model, newest_state, save_model, save_tensors, state_path
@@ -104,23 +103,23 @@ def _fit(job: TrainJob, compute: ComputeSettings) -> None:
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
 
-    trainer = TorchTrainer(
-        _train_loop,
-        train_loop_config={"job": job, "threads": max(1, int(compute.cpus_per_worker))},
-        scaling_config=ScalingConfig(
-            num_workers=compute.num_workers,
-            use_gpu=compute.gpus_per_worker > 0,
-            resources_per_worker={"CPU": compute.cpus_per_worker, "GPU": compute.gpus_per_worker},
-        ),
-        run_config=RunConfig(
-            name=f"{job.artifact.path.name}-{os.getpid()}-{time.time_ns()}",
-            storage_path=str(job.artifact.path.parent.resolve() / ".ray"),
-            failure_config=FailureConfig(max_failures=compute.max_failures),
-            logging_config=LoggingConfig(log_level="ERROR"),
-        ),
-    )
+    threads = max(1, int(compute.cpus_per_worker)) if compute.num_workers else None
     try:
-        trainer.fit()
+        with ray_folder(job.artifact.path) as folder:
+            TorchTrainer(
+                _train_loop,
+                train_loop_config={"job": job, "threads": threads},
+                scaling_config=ScalingConfig(
+                    num_workers=compute.num_workers,
+                    use_gpu=compute.gpus_per_worker > 0,
+                    resources_per_worker={"CPU": compute.cpus_per_worker, "GPU": compute.gpus_per_worker},
+                ),
+                run_config=RunConfig(
+                    **folder,
+                    failure_config=FailureConfig(max_failures=compute.max_failures),
+                    logging_config=LoggingConfig(log_level="ERROR"),
+                ),
+            ).fit()
     except Exception as error:
         cause = _root_cause(error)
         if isinstance(cause, SimsError):
@@ -137,7 +136,8 @@ def _train_loop(config: dict[str, Any]) -> None:
     import ray.train.torch
 
     job: TrainJob = config["job"]
-    torch.set_num_threads(config["threads"])
+    if config["threads"]:  # in a process of its own, not in the caller's
+        torch.set_num_threads(config["threads"])
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()

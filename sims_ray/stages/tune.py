@@ -5,8 +5,6 @@ A trial whose artifact is complete is not run again, which makes the sweep resum
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,7 +12,7 @@ from typing import Any
 
 from sims_ray.config import ComputeSettings
 from sims_ray.errors import SimsError
-from sims_ray.stages.cluster import start_ray
+from sims_ray.stages.cluster import ray_folder, start_ray
 from sims_ray.stages.evaluate import Evaluation, evaluate_here
 from sims_ray.stages.progress import Progress
 from sims_ray.stages.sampling import SeedRangeWorker
@@ -71,7 +69,9 @@ def tune(
 
     def finished(trial: Trial) -> None:
         distance = trial.evaluation.artifact.result["distance"]
-        progress.add(len(trial.evaluation.seeds), f"{trial.name}: {trial.evaluation.metric} {distance:.2f}")
+        progress.add(
+            len(trial.evaluation.seeds), f"{trial.name}: {trial.evaluation.metric} {distance:.3f}", always=True
+        )
         on_trial(trial)
 
     if compute.num_workers and open_trials:
@@ -98,19 +98,19 @@ def _run_on_tune(
         ray_tune.with_parameters(_run_trial, trials=list(trials), compute=compute),
         {"cpu": compute.cpus_per_worker, "gpu": compute.gpus_per_worker},
     )
-    tuner = ray_tune.Tuner(
-        trainable,
-        param_space={"cell": ray_tune.grid_search(cells)},
-        tune_config=ray_tune.TuneConfig(max_concurrent_trials=compute.num_workers, reuse_actors=True),
-        run_config=ray_tune.RunConfig(
-            name=f"{artifact.path.name}-{os.getpid()}-{time.time_ns()}",
-            storage_path=str(artifact.path.parent.resolve() / ".ray"),
-            failure_config=ray_tune.FailureConfig(max_failures=compute.max_failures),
-            callbacks=[_callback(trials, finished)],
-            verbose=0,
-        ),
-    )
-    failed = tuner.fit().errors
+    with ray_folder(artifact.path) as folder:
+        tuner = ray_tune.Tuner(
+            trainable,
+            param_space={"cell": ray_tune.grid_search(cells)},
+            tune_config=ray_tune.TuneConfig(max_concurrent_trials=compute.num_workers, reuse_actors=True),
+            run_config=ray_tune.RunConfig(
+                **folder,
+                failure_config=ray_tune.FailureConfig(max_failures=compute.max_failures),
+                callbacks=[_callback(trials, finished)],
+                verbose=0,
+            ),
+        )
+        failed = tuner.fit().errors
     if failed:
         reason = str(failed[0]).strip().splitlines()[-1]
         raise SimsError(f"{len(failed)} of {len(trials)} trials failed (the first: {reason}); run again to go on")

@@ -158,11 +158,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict):
+            raise ValueError("not an object")
     except FileNotFoundError:
         raise SimsError(f"{folder} has no {MANIFEST}: it is not a finished artifact; make it first") from None
-    except json.JSONDecodeError as error:
-        raise SimsError(f"{path} is not valid JSON ({error.msg}); delete {folder} and make it again") from None
+    except ValueError as error:  # JSON and UTF-8 errors are ValueErrors
+        raise SimsError(f"{path} is not a manifest ({error}); delete {folder} and make it again") from None
     return manifest
 
 

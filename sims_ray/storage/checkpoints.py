@@ -37,10 +37,12 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             card = json.loads((file.metadata() or {})[CARD])
+            if not isinstance(card, dict):
+                raise KeyError("its card is not an object")
             return {name: file.get_tensor(name) for name in file.keys()}, card  # noqa: SIM118
     except FileNotFoundError:
         raise SimsError(f"no checkpoint at {path}; give the path of a .safetensors file that sims_ray wrote") from None
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+    except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
         raise SimsError(f"{path} is not a checkpoint of sims_ray ({error}); restore it or make it again") from None
 
 
@@ -60,10 +62,10 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[EDMPreco
         raise SimsError(
             f"{path} holds a {card.get('role', 'file')}, not a denoiser; give a base or auxiliary checkpoint"
         )
-    net = build_network(card["network"])
     try:
+        net = build_network(card["network"])
         net.load_state_dict(tensors)
-    except RuntimeError as error:
+    except (RuntimeError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise SimsError(f"{path} does not fit the network of its own card ({reason}); make it again") from None
     return net.eval().requires_grad_(False).to(device), card

@@ -152,6 +152,29 @@ class Plan:
         """The sweep's outcome."""
         return self.store.artifact("tune", {}, [trial.evaluation.artifact for trial in self.trials])
 
+    def cell(self, omega: float, budget_kimg: float | None, n_s: int | None) -> tuple[float, float | None, int | None]:
+        """A point of the search space with defaults filled in: the largest budget and set.
+
+        Raises:
+            SimsError: a budget or set size that the recipe does not make.
+        """
+        if omega == 0:
+            return 0.0, None, None
+        budgets, sizes = self.recipe.finetune.budgets_kimg, self.recipe.tune.n_s
+        budget_kimg, n_s = budget_kimg or max(budgets), n_s or max(sizes)
+        for name, value, known in (("B", budget_kimg, budgets), ("n_s", n_s, sizes)):
+            if value not in known:
+                raise SimsError(
+                    f"{name}={value:g} is not in the recipe, which has {list(known)}; choose one or --set more"
+                )
+        return omega, budget_kimg, n_s
+
+    @cached_property
+    def report_blocks(self) -> list[range]:
+        """The disjoint seed blocks of the reported distances."""
+        seeds, n = self.seeds["report"], self.recipe.evaluate.n_images
+        return [range(start, start + n) for start in range(seeds.start, seeds.stop, n)]
+
     def compared(self, selected: Mapping[str, Any]) -> dict[str, tuple[float, float | None, int | None]]:
         """The models of the final table, at the selected cell: (omega, B, n_s) by name."""
         budget, n_s = selected["budget_kimg"], selected["n_s"]
@@ -159,10 +182,9 @@ class Plan:
 
     def report_evaluations(self, selected: Mapping[str, Any]) -> dict[str, list[Evaluation]]:
         """For each compared model, its evaluation on each report block."""
-        seeds, n = self.seeds["report"], self.recipe.evaluate.n_images
-        blocks = [range(start, start + n) for start in range(seeds.start, seeds.stop, n)]
         return {
-            name: [self.evaluation(block, *cell) for block in blocks] for name, cell in self.compared(selected).items()
+            name: [self.evaluation(block, *cell) for block in self.report_blocks]
+            for name, cell in self.compared(selected).items()
         }
 
     def preview_jobs(self, selected: Mapping[str, Any]) -> dict[str, SynthesisJob]:

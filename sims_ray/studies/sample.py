@@ -1,5 +1,6 @@
 """Images from checkpoints, in this process: a grid or a folder of files."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -11,11 +12,27 @@ from sims_ray.diffusion.generate import generate
 from sims_ray.diffusion.noise import SEED_LIMIT
 from sims_ray.errors import SimsError
 from sims_ray.storage.models import SimsModel
+from sims_ray.studies.summary import RESULT
 
 
-def sample_images(
-    target: Path, base: Path, aux: Path | None, omega: float, seeds: range, sampler: SamplerSettings
-) -> Path:
+def model_of_run(out: Path, name: str) -> SimsModel:
+    """A model of a finished run by its name in the table.
+
+    Raises:
+        SimsError: the folder holds no result, or no model of that name.
+    """
+    path = out / RESULT
+    try:
+        known = json.loads(path.read_text())["models"]
+    except (FileNotFoundError, KeyError, json.JSONDecodeError):
+        raise SimsError(f"{path} is not the result of a run; finish `sims run` first, or give --base") from None
+    if name not in known:
+        raise SimsError(f"{out} has no model {name!r}; choose one of {', '.join(known)}")
+    paths = known[name]
+    return SimsModel.of(out / paths["base"], paths["aux"] and out / paths["aux"], paths["omega"])
+
+
+def sample_images(target: Path, model: SimsModel, seeds: range, sampler: SamplerSettings) -> Path:
     """Write one image per seed: a grid if `target` ends in .png, else `<seed>.png` files in the folder `target`.
 
     Raises:
@@ -24,7 +41,7 @@ def sample_images(
     if seeds.stop > SEED_LIMIT:
         raise SimsError(f"seed {seeds.stop - 1} is beyond {SEED_LIMIT - 1}; start lower")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    denoiser, card = SimsModel.of(base, aux, omega).load(device)
+    denoiser, card = model.load(device)
     network = card["network"]
     shape = (network["img_channels"], network["img_resolution"], network["img_resolution"])
     batches = generate(denoiser, shape, seeds, sampler.model_dump(), label_dim=network["label_dim"], device=device)

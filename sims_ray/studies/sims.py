@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from sims_ray.config import Recipe
 from sims_ray.data.importers import import_digits
 from sims_ray.data.table import SampleTable
-from sims_ray.errors import SimsError
 from sims_ray.report.page import write_report
 from sims_ray.stages.evaluate import Evaluation, evaluate
 from sims_ray.stages.features import make_features
@@ -29,11 +28,10 @@ from sims_ray.stages.tune import Trial, tune
 from sims_ray.storage.artifacts import Artifact, fingerprint, write_json
 from sims_ray.studies.console import closing_words, stages_overview
 from sims_ray.studies.plan import Plan
-from sims_ray.studies.summary import summarise
+from sims_ray.studies.summary import RESULT, summarise
 
 logger = logging.getLogger("sims_ray")
 
-RESULT = "result.json"
 REPORT_FOLDER = "report"
 PAGE = "report.html"
 
@@ -120,9 +118,7 @@ class SimsRun:
             self.train_base()
         else:
             self.finetune()
-        seeds, n = self.plan.seeds["report"], self.recipe.evaluate.n_images
-        blocks = [range(start, start + n) for start in range(seeds.start, seeds.stop, n)]
-        evaluations = [self.plan.evaluation(block, omega, budget_kimg, n_s) for block in blocks]
+        evaluations = [self.plan.evaluation(block, omega, budget_kimg, n_s) for block in self.plan.report_blocks]
         evaluate(evaluations, self.recipe.compute)
         return [e.artifact.result for e in evaluations]
 
@@ -160,23 +156,6 @@ class SimsRun:
         """The preview images of each compared model, uint8 [N, C, H, W], from the same seeds."""
         jobs = self.plan.preview_jobs(selected)
         return {name: SampleTable(job.artifact.path).head(len(job.seeds)).images for name, job in jobs.items()}
-
-    def cell(self, omega: float, budget_kimg: float | None, n_s: int | None) -> tuple[float, float | None, int | None]:
-        """A point of the search space with defaults filled in: the largest budget and set.
-
-        Raises:
-            SimsError: a budget or set size that the recipe does not make.
-        """
-        if omega == 0:
-            return 0.0, None, None
-        budgets, sizes = self.recipe.finetune.budgets_kimg, self.recipe.tune.n_s
-        budget_kimg, n_s = budget_kimg or max(budgets), n_s or max(sizes)
-        for name, value, known in (("B", budget_kimg, budgets), ("n_s", n_s, sizes)):
-            if value not in known:
-                raise SimsError(
-                    f"{name}={value:g} is not in the recipe, which has {list(known)}; choose one or --set more"
-                )
-        return omega, budget_kimg, n_s
 
     def describe(self) -> str:
         """The stages, and which are complete; changes nothing."""

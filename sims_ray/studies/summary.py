@@ -1,6 +1,7 @@
 """The outcome of a run as plain values: what the report shows and the terminal prints."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,8 @@ import numpy as np
 from sims_ray.data.table import SampleTable
 from sims_ray.stages.train import read_metrics
 from sims_ray.studies.plan import Plan
+
+RESULT = "result.json"
 
 
 def summarise(plan: Plan, selected: Mapping[str, Any]) -> dict[str, Any]:
@@ -23,12 +26,23 @@ def summarise(plan: Plan, selected: Mapping[str, Any]) -> dict[str, Any]:
         "num_real": len(SampleTable(plan.table)),
         "table": result_rows(plan, selected),
         "selected": dict(selected),
+        "models": models(plan, selected),
         "trials": plan.sweep.result["trials"],
         "losses": losses,
         "settings": plan.recipe.model_dump(mode="json", exclude={"tracking", "compute"}),
         "versions": plan.sweep.manifest["versions"],
         "seeds": {use: [seeds.start, seeds.stop] for use, seeds in plan.seeds.items()},
     }
+
+
+def models(plan: Plan, selected: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The compared models as checkpoints, paths relative to the output folder, and omega."""
+    folder, found = plan.out.resolve(), {}
+    for name, cell in plan.compared(selected).items():
+        model = plan.model(*cell)
+        base, aux = (path and str(Path(path).relative_to(folder)) for path in (model.base, model.aux))
+        found[name] = {"base": base, "aux": aux, "omega": model.omega}
+    return found
 
 
 def result_rows(plan: Plan, selected: Mapping[str, Any]) -> list[dict[str, Any]]:
