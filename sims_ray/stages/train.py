@@ -24,7 +24,7 @@ from sims_ray.nn.precond import build_network
 from sims_ray.stages.cluster import ray_folder, start_ray
 from sims_ray.stages.progress import Progress
 from sims_ray.storage.artifacts import Artifact
-from sims_ray.storage.checkpoints import load_model, newest_state, save_model, save_tensors, state_path
+from sims_ray.storage.checkpoints import load_model, newest_nimg, newest_state, save_model, save_tensors, state_path
 
 METRICS = "metrics.jsonl"
 POLL_S = 0.5
@@ -269,8 +269,7 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
 @contextmanager
 def _follow(job: TrainJob, on_metrics: Callable[[dict[str, float]], None]) -> Iterator[None]:
     """While training runs elsewhere, pass on its log and show its progress."""
-    state = newest_state(job.artifact.path)
-    seen = state[1]["nimg"] if state else 0
+    seen = newest_nimg(job.artifact.path)
     progress = Progress(f"train {job.role}", round(job.budgets_kimg[-1] * KIMG), seen)
     stop = threading.Event()
 

@@ -76,6 +76,12 @@ def state_path(folder: Path, nimg: int) -> Path:
     return folder / f"state-{nimg:012d}.safetensors"
 
 
+def newest_nimg(folder: Path) -> int:
+    """Images seen at the newest training state in a folder, by its name; 0 without one."""
+    names = (STATE_NAME.fullmatch(path.name) for path in folder.glob("state-*.safetensors"))
+    return max((int(name[1]) for name in names if name), default=0)
+
+
 def newest_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """The newest readable training state in a folder, or None; unreadable ones are passed over."""
     for path in sorted(folder.glob("state-*.safetensors"), reverse=True):

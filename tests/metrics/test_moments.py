@@ -85,3 +85,8 @@ def test_pixel_moments_are_those_of_the_images_in_unit_range_however_they_are_ba
     direct = Moments.of((images.reshape(600, 6) / 127.5 - 1).astype(np.float32))
     assert_equal_to(feature_moments(pixel_features, images), direct, 1e-6)
     assert_equal_to(images_moments(pixel_features, torch.from_numpy(images).split(90)), direct, 1e-6)
+
+
+def test_an_empty_batch_is_refused_rather_than_turned_into_nan() -> None:
+    with pytest.raises(ValueError, match="at least one image"):
+        Moments.of(np.zeros((0, 3)))

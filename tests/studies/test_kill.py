@@ -1,7 +1,6 @@
 """kill -9 of the driver in each stage, then the same command: the result is that of an undisturbed run."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,10 +13,10 @@ from typing import Any
 import pytest
 
 from tests.conftest import TINY
+from tests.processes import end, environment, marked
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
-MARK = "SIMS_RAY_TEST_RUN"
 DEADLINE_S = 400.0
 SETTINGS = (
     *TINY,
@@ -35,32 +34,12 @@ def command(out: Path) -> list[str]:
     return [sys.executable, "-m", "sims_ray.cli", "run", "digits", "--out", str(out), *sets]
 
 
-def environment(mark: str) -> dict[str, str]:
-    return {**{k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}, MARK: mark}
-
-
-def marked(mark: str) -> list[int]:
-    """Processes, Ray's own included, that were started under this mark."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if f"{MARK}={mark}".encode() in (entry / "environ").read_bytes():
-                found.append(int(entry.name))
-        except OSError:
-            continue
-    return found
-
-
 @pytest.fixture
 def mark() -> Iterator[str]:
     """A mark in the environment of every process of a test; none is left when it ends."""
     name = uuid.uuid4().hex
     yield name
-    for pid in marked(name):
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+    end(name)
 
 
 def unfinished(out: Path, stage: str, file: str) -> list[Path]:
