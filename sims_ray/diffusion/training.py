@@ -86,7 +86,8 @@ class Training:
         per_worker = settings.batch_size // world_size
         self._slice = slice(rank * per_worker, (rank + 1) * per_worker)
         self.ema = copy.deepcopy(net).eval().requires_grad_(False)
-        self.optimizer = torch.optim.Adam(net.parameters(), lr=settings.lr, betas=ADAM_BETAS, eps=ADAM_EPS)
+        self.optimizer = torch.optim.Adam(net.parameters(), lr=settings.lr, betas=ADAM_BETAS, eps=ADAM_EPS, fused=True)
+        self._parameters = list(net.parameters())
         self.nimg = 0
         self._forward = wrap(net.train())
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=device)
@@ -114,7 +115,7 @@ class Training:
         self._loss_nimg += s.batch_size
 
     def _apply_gradients(self) -> None:
-        for parameter in self.net.parameters():
+        for parameter in self._parameters:
             if parameter.grad is not None:
                 torch.nan_to_num(parameter.grad, 0.0, GRADIENT_LIMIT, -GRADIENT_LIMIT, out=parameter.grad)
         for group in self.optimizer.param_groups:
@@ -144,10 +145,7 @@ class Training:
         self.ema.load_state_dict(_with_prefix(tensors, "ema."))
         for name, parameter in self.net.named_parameters():
             moments = _with_prefix(tensors, f"adam.{name}.")
-            # Adam keeps its step count on the host and its moments beside the parameter.
-            self.optimizer.state[parameter] = {
-                k: v.clone() if k == "step" else v.to(self.device) for k, v in moments.items()
-            }
+            self.optimizer.state[parameter] = {k: v.to(self.device, copy=True) for k, v in moments.items()}
         self.nimg = nimg
 
 

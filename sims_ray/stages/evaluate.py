@@ -11,8 +11,7 @@ from sims_ray.config import ComputeSettings
 from sims_ray.metrics.frechet import frechet_distance
 from sims_ray.metrics.moments import Moments, merge_all
 from sims_ray.stages.features import load_reference
-from sims_ray.stages.progress import Progress
-from sims_ray.stages.sampling import SeedRange, SeedRangeWorker, missing, sample_ranges
+from sims_ray.stages.sampling import SeedRange, SeedRangeWorker, fill
 from sims_ray.storage.artifacts import Artifact, atomic_path, read_manifest
 from sims_ray.storage.models import SimsModel
 
@@ -70,12 +69,7 @@ def metric_name(features: Path, nimg: int) -> str:
 def evaluate(evaluations: Sequence[Evaluation], compute: ComputeSettings, label: str = "evaluate") -> None:
     """Measure every distance that is not there yet, on one pool of sampling actors."""
     open_ones = [e for e in evaluations if not e.artifact.complete]
-    ranges = _prepare(open_ones)
-    todo = missing(ranges)
-    total = sum(work.stop - work.start for work in ranges)
-    progress = Progress(label, total, total - sum(work.stop - work.start for work in todo))
-    for work in sample_ranges(todo, compute):
-        progress.add(work.stop - work.start)
+    fill(_prepare(open_ones), compute, label)
     for evaluation in open_ones:
         _commit(evaluation)
 
@@ -85,7 +79,7 @@ def evaluate_here(evaluation: Evaluation, worker: SeedRangeWorker) -> Iterator[t
     parts: list[Moments] = []
     reference = load_reference(evaluation.features)
     for work in _prepare([evaluation]):
-        if missing([work]):
+        if not Path(work.path).is_file():
             worker.run(work)
         parts.append(Moments.load(Path(work.path)))
         merged = merge_all(parts)

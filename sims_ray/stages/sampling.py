@@ -22,6 +22,7 @@ from sims_ray.diffusion.generate import generate
 from sims_ray.metrics.features import FeatureExtractor, images_moments
 from sims_ray.stages.cluster import start_ray
 from sims_ray.stages.features import load_extractor
+from sims_ray.stages.progress import Progress
 from sims_ray.storage.artifacts import atomic_path
 from sims_ray.storage.models import SimsModel
 
@@ -112,13 +113,17 @@ def _extractor(folder: str) -> FeatureExtractor:
     return load_extractor(Path(folder))
 
 
-def missing(ranges: Sequence[SeedRange]) -> list[SeedRange]:
-    """The ranges whose file is not there yet."""
-    return [work for work in ranges if not Path(work.path).is_file()]
+def fill(ranges: Sequence[SeedRange], compute: ComputeSettings, label: str) -> None:
+    """Sample the ranges whose file is not there yet, showing progress over all of them."""
+    todo = [work for work in ranges if not Path(work.path).is_file()]
+    total, left = (sum(work.stop - work.start for work in works) for works in (ranges, todo))
+    progress = Progress(label, total, total - left)
+    for work in _sample(todo, compute):
+        progress.add(work.stop - work.start)
 
 
-def sample_ranges(ranges: Sequence[SeedRange], compute: ComputeSettings) -> Iterator[SeedRange]:
-    """Sample the given ranges on an actor pool, or in this process with `num_workers` 0; yields each when done."""
+def _sample(ranges: Sequence[SeedRange], compute: ComputeSettings) -> Iterator[SeedRange]:
+    """Sample on an actor pool, or in this process with `num_workers` 0; yields each range when done."""
     by_path = {work.path: work for work in ranges}
     if not compute.num_workers or not ranges:
         worker = SeedRangeWorker(compute)

@@ -12,8 +12,7 @@ import pyarrow.parquet as pq
 
 from sims_ray.config import ComputeSettings
 from sims_ray.data.table import table_result
-from sims_ray.stages.progress import Progress
-from sims_ray.stages.sampling import SeedRange, missing, sample_ranges
+from sims_ray.stages.sampling import SeedRange, fill
 from sims_ray.storage.artifacts import Artifact
 from sims_ray.storage.checkpoints import load_tensors
 from sims_ray.storage.models import SimsModel
@@ -60,11 +59,7 @@ def synthesize(jobs: Sequence[SynthesisJob], compute: ComputeSettings, label: st
     for job in jobs:
         job.artifact.path.mkdir(parents=True, exist_ok=True)
     ranges = [work for job in jobs for work in job.ranges()]
-    todo = missing(ranges)
-    total = sum(work.stop - work.start for work in ranges)
-    progress = Progress(label, total, total - sum(work.stop - work.start for work in todo))
-    for work in sample_ranges(todo, compute):
-        progress.add(work.stop - work.start)
+    fill(ranges, compute, label)
     for job in jobs:
         _commit(job)
 

@@ -12,7 +12,7 @@ from sims_ray.data.table import SampleTable
 from sims_ray.errors import SimsError
 from sims_ray.stages.evaluate import Evaluation
 from sims_ray.stages.synthesize import SynthesisJob
-from sims_ray.stages.train import TrainJob, snapshot_name
+from sims_ray.stages.train_loop import TrainJob, snapshot_name
 from sims_ray.stages.tune import Trial
 from sims_ray.storage.artifacts import Artifact, Store
 from sims_ray.storage.models import SimsModel

@@ -1,0 +1,206 @@
+"""What one Ray Train worker does: build the model, go on from the newest checkpoint, train, leave snapshots."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from sims_ray.config import OptimizerSettings
+from sims_ray.data.table import SampleTable
+from sims_ray.diffusion.noise import step_generator
+from sims_ray.diffusion.training import Optimization, Training
+from sims_ray.errors import SimsError
+from sims_ray.nn.precond import build_network
+from sims_ray.storage.artifacts import Artifact
+from sims_ray.storage.checkpoints import load_model, newest_state, save_model, save_tensors, state_path
+
+METRICS = "metrics.jsonl"
+KIMG = 1000
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """What to train, on what, and where it lands.
+
+    Attributes:
+        role: "base" or "auxiliary".
+        artifact: the training artifact.
+        network: entry `network` of the checkpoint card.
+        settings: optimiser, EMA and noise.
+        budgets_kimg: a snapshot of the EMA weights is left at each; the last one ends the run.
+        table: sample table to train on.
+        num_rows: rows of it to use, from the first; None for all.
+        init: checkpoint whose weights to start from; None for fresh weights.
+    """
+
+    role: str
+    artifact: Artifact
+    network: Mapping[str, Any]
+    settings: OptimizerSettings
+    budgets_kimg: tuple[float, ...]
+    table: Path
+    num_rows: int | None = None
+    init: Path | None = None
+
+    def optimization(self) -> Optimization:
+        """The step's settings, counts in images."""
+        s = self.settings
+        return Optimization(
+            batch_size=s.batch_size,
+            lr=s.lr,
+            lr_rampup_nimg=s.lr_rampup_kimg * KIMG,
+            ema_halflife_nimg=s.ema_halflife_kimg * KIMG,
+            ema_rampup_ratio=s.ema_rampup_ratio,
+            P_mean=s.P_mean,
+            P_std=s.P_std,
+            seed=s.seed,
+        )
+
+
+def snapshot_name(budget_kimg: float) -> str:
+    """File name of the EMA snapshot at a budget."""
+    return f"ema-{budget_kimg:g}kimg.safetensors"
+
+
+def train_loop(config: dict[str, Any]) -> None:
+    """Body of one Ray Train worker."""
+    import ray.train
+    import ray.train.torch
+
+    job: TrainJob = config["job"]
+    if config["threads"]:  # in a process of its own, not in the caller's
+        torch.set_num_threads(config["threads"])
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    device = ray.train.torch.get_device()
+    training = _build(job, rank, world_size, device, ray.train.torch.prepare_model)
+    if (found := newest_state(job.artifact.path)) is not None:
+        training.load_state(found[0], found[1]["nimg"])
+    log = _Log(job, training.nimg) if rank == 0 else None
+    end_nimg = job.budgets_kimg[-1] * KIMG
+    crossed = _crossings(training.nimg)
+    while training.nimg < end_nimg:
+        training.step()
+        done = training.nimg >= end_nimg
+        checkpoint = crossed(training.nimg, "checkpoint", job.settings.checkpoint_kimg)
+        if crossed(training.nimg, "log", job.settings.log_kimg) or checkpoint or done:
+            loss = training.pop_loss()
+            _check_loss(job, training.nimg, loss)
+            if log is not None:
+                log.write(training.nimg, loss)
+        if rank == 0:
+            _save(job, training, checkpoint and not done)
+        if checkpoint or done:  # a barrier: no worker runs ahead of a checkpoint
+            ray.train.report({"nimg": training.nimg, "loss": loss})
+
+
+def _build(
+    job: TrainJob, rank: int, world_size: int, device: torch.device, wrap: Callable[[torch.nn.Module], torch.nn.Module]
+) -> Training:
+    table = SampleTable(job.table)
+    samples = table.head(len(table) if job.num_rows is None else job.num_rows)
+    images = torch.from_numpy(samples.images.copy())
+    labels = None
+    if label_dim := job.network["label_dim"]:
+        if samples.labels.min() < 0 or samples.labels.max() >= label_dim:
+            raise SimsError(
+                f"{job.table} has labels {samples.labels.min()}..{samples.labels.max()} but the network knows "
+                f"0..{label_dim - 1}; import labelled images or set network.conditional=false"
+            )
+        labels = F.one_hot(torch.from_numpy(samples.labels.astype("int64")), label_dim).float()
+    torch.manual_seed(step_generator(job.settings.seed, 0, "weights").initial_seed())
+    net = build_network(job.network) if job.init is None else load_model(job.init)[0].requires_grad_(True)
+    return Training(
+        net.to(device),
+        job.optimization(),
+        images,
+        labels,
+        device=device,
+        rank=rank,
+        world_size=world_size,
+        wrap=wrap if world_size > 1 else lambda module: module,
+    )
+
+
+def _check_loss(job: TrainJob, nimg: int, loss: float) -> None:
+    if not math.isfinite(loss):
+        raise SimsError(
+            f"the training loss of {job.artifact.path.name} became {loss} at {nimg:,} images; the last good "
+            f"checkpoint is kept: lower the learning rate (now {job.settings.lr:g}) or lengthen its ramp"
+        )
+
+
+def _save(job: TrainJob, training: Training, checkpoint: bool) -> None:
+    """Leave the snapshots whose budget the last step crossed, and a resumable state if one is due."""
+    before = training.nimg - training.settings.batch_size
+    for budget in job.budgets_kimg:
+        if before < budget * KIMG <= training.nimg:
+            save_model(job.artifact.path / snapshot_name(budget), training.ema, _card(job, training.nimg))
+    if checkpoint:
+        older = sorted(job.artifact.path.glob("state-*.safetensors"))[:-1]
+        card = {"role": "training state", "nimg": training.nimg, "of": job.artifact.fingerprint}
+        save_tensors(state_path(job.artifact.path, training.nimg), training.state(), card)
+        for path in older:
+            path.unlink(missing_ok=True)
+
+
+def _card(job: TrainJob, nimg: int) -> dict[str, Any]:
+    return {
+        "role": job.role,
+        "architecture": "ddpmpp",
+        "network": dict(job.network),
+        "nimg": nimg,
+        "optimization": asdict(job.optimization()),
+        "training": job.artifact.fingerprint,
+        "parents": list(job.artifact.parents),
+        "data": SampleTable(job.table).fingerprint,
+    }
+
+
+def _crossings(start_nimg: int) -> Callable[[int, str, float], bool]:
+    """A function that says whether a multiple of `every_kimg` was crossed since its last call for `name`."""
+    last: dict[str, int] = {}
+
+    def crossed(nimg: int, name: str, every_kimg: float) -> bool:
+        period = every_kimg * KIMG
+        before = last.get(name, start_nimg)
+        last[name] = nimg
+        return nimg // period > before // period
+
+    return crossed
+
+
+class _Log:
+    """Rank 0's log of loss and speed, one JSON line each; a resumed run repeats lines, the last one counts."""
+
+    def __init__(self, job: TrainJob, nimg: int) -> None:
+        self._path = job.artifact.path / METRICS
+        self._nimg, self._time_s = nimg, time.monotonic()
+
+    def write(self, nimg: int, loss: float) -> None:
+        now_s = time.monotonic()
+        rate = (nimg - self._nimg) / max(now_s - self._time_s, 1e-9)
+        self._nimg, self._time_s = nimg, now_s
+        with self._path.open("a") as file:
+            file.write(json.dumps({"nimg": nimg, "loss": loss, "images_per_s": round(rate, 1)}) + "\n")
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """The training log in order of images seen; torn lines are passed over, repeated ones count once."""
+    path = folder / METRICS
+    rows: dict[int, dict[str, float]] = {}
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            row = json.loads(line)
+            rows[row["nimg"]] = row
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue
+    return [rows[nimg] for nimg in sorted(rows)]
