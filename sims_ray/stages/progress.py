@@ -6,7 +6,7 @@ from datetime import timedelta
 
 logger = logging.getLogger("sims_ray")
 
-INTERVAL_S = 5.0
+INTERVAL_S = 10.0
 
 
 class Progress:
