@@ -113,6 +113,9 @@ def test_overrides_are_applied_in_order_and_read_as_yaml() -> None:
     assert recipe.network.conditional is True
 
 
+SIZES = ("tune.n_s=[4000]", "tune.n_images=1000", "evaluate.n_images=1000", "evaluate.blocks=3")
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
@@ -129,12 +132,13 @@ def test_overrides_are_applied_in_order_and_read_as_yaml() -> None:
 )
 def test_seed_ranges_that_overlap_or_pass_the_limit_are_refused(overrides: list[str], said: str) -> None:
     with pytest.raises(SimsError) as error:
-        load_recipe("digits", overrides)
+        load_recipe("digits", [*SIZES, *overrides])
     assert said in str(error.value)
 
 
 def test_seed_ranges_may_touch_and_reach_the_limit() -> None:
-    recipe = load_recipe("digits", ["seeds.selection=4000", "seeds.report=5000", "seeds.preview=4294967232"])
+    starts = ["seeds.selection=4000", "seeds.report=5000", "seeds.preview=4294967232"]
+    recipe = load_recipe("digits", [*SIZES, *starts])
     ledger = recipe.seed_ledger()
     assert ledger["selection"] == range(4000, 5000)
     assert ledger["report"] == range(5000, 8000)
