@@ -29,7 +29,7 @@ SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Override a setting: section.key=value. Repeatable.")
 ]
 OutOption = Annotated[Path | None, typer.Option("--out", help="Output folder; default runs/<recipe name>.")]
-DryOption = Annotated[bool, typer.Option("--dry-run", help="Print what would run and what exists; change nothing.")]
+DryOption = Annotated[bool, typer.Option("--dry-run", help="List all stages and which are complete; change nothing.")]
 
 
 def _open(recipe: str, overrides: list[str] | None, out: Path | None) -> tuple[Recipe, Path]:
@@ -134,17 +134,23 @@ def sample(
     omega: Annotated[float, typer.Option(help="With --base: guidance strength; 0 is the base.")] = 0.0,
     n: Annotated[int, typer.Option(min=1, help="Number of images.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first image; the others follow.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Heun steps.")] = 18,
+    steps: Annotated[int | None, typer.Option(min=1, help="Heun steps; default those of the run, or 18.")] = None,
 ) -> None:
     """Sample images from a model of a finished run, or from checkpoints."""
     if (run is None) == (base is None):
         raise SimsError("sims sample needs either --run FOLDER or --base CHECKPOINT; give one of them")
+    if run is not None and (aux is not None or omega != 0):
+        raise SimsError("--aux and --omega go with --base; with --run choose by --model base, auxiliary or SIMS")
     from sims_ray.config import SamplerSettings
     from sims_ray.storage.models import SimsModel
     from sims_ray.studies.sample import model_of_run, sample_images
 
-    source = SimsModel.of(base, aux, omega) if base else model_of_run(run or Path(), model)
-    typer.echo(sample_images(target, source, range(seed, seed + n), SamplerSettings(num_steps=steps)))
+    source, sampler = (
+        (SimsModel.of(base, aux, omega), SamplerSettings()) if base else model_of_run(run or Path(), model)
+    )
+    if steps is not None:
+        sampler = sampler.model_copy(update={"num_steps": steps})
+    typer.echo(sample_images(target, source, range(seed, seed + n), sampler))
 
 
 @app.command(epilog="Example: sims config digits --set train.lr=1e-3")
@@ -210,6 +216,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = app(arguments, standalone_mode=False)
     except SimsError as error:
         typer.echo(f"error: {error}", err=True)
+        code = 1
+    except OSError as error:
+        typer.echo(f"error: {error.filename or 'storage'}: {error.strerror or error}; make it accessible", err=True)
         code = 1
     except (KeyboardInterrupt, typer.Abort):
         typer.echo("stopped; run the same command again to go on", err=True)

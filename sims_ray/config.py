@@ -47,7 +47,6 @@ class NetworkSettings(Settings):
     num_blocks: Count = Field(4, description="residual blocks per resolution")
     attn_resolutions: tuple[Count, ...] = Field((16,), description="resolutions with self-attention")
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.13
-    augment_dim: Annotated[int, Field(ge=0)] = Field(0, description="width of the augmentation label; 0 for none")
     conditional: bool = Field(False, description="condition on the class labels of the data")
     sigma_data: Positive = Field(0.5, description="standard deviation of the images in [-1, 1]")
 
@@ -164,7 +163,7 @@ class SeedSettings(Settings):
 
 
 class ComputeSettings(Settings):
-    """Where the work runs; never changes what is computed beyond float rounding."""
+    """Where the work runs; changes what is computed by float rounding only, and by the masks of dropout."""
 
     num_workers: Annotated[int, Field(ge=0)] = Field(2, description="training workers and sampling actors; 0: no Ray")
     cpus_per_worker: Positive = 1

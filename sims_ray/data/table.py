@@ -95,7 +95,8 @@ class SampleTable:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest = read_manifest(folder)
-        self._rows = {name: f["rows"] for name, f in sorted(self.manifest["files"].items()) if "rows" in f}
+        files = self.manifest.get("files", {})
+        self._rows = {name: f["rows"] for name, f in sorted(files.items()) if "rows" in f}
         if not self._rows:
             raise SimsError(f"{folder} lists no sample files; make a table with `sims data import`")
 
@@ -117,6 +118,11 @@ class SampleTable:
     def num_classes(self) -> int:
         """Number of classes K: largest label + 1, or 0 without labels."""
         return int(self.manifest["result"]["num_classes"])
+
+    @property
+    def unlabelled(self) -> int:
+        """Rows without a label."""
+        return int(self.manifest["result"]["unlabelled"])
 
     def files(self) -> Iterator[Samples]:
         """The files in order, one in memory at a time."""
@@ -145,6 +151,7 @@ class SampleTable:
 
 
 def table_result(shape: tuple[int, ...], labels: NDArray[np.int32], rows: int) -> dict[str, Any]:
-    """The facts a table's manifest carries: rows, shape and number of classes."""
+    """The facts a table's manifest carries: rows, shape, number of classes, rows without a label."""
     num_classes = int(labels.max()) + 1 if len(labels) else 0
-    return {"rows": rows, "shape": list(shape), "num_classes": max(num_classes, 0)}
+    unlabelled = int((labels == NO_LABEL).sum())
+    return {"rows": rows, "shape": list(shape), "num_classes": max(num_classes, 0), "unlabelled": unlabelled}

@@ -122,6 +122,18 @@ class Training:
             group["lr"] = self.settings.learning_rate(self.nimg)
         self.optimizer.step()
 
+    def check_same_start(self) -> None:
+        """Make sure that all workers go on from the same checkpoint; every worker must call it.
+
+        Raises:
+            RuntimeError: they do not, as shared storage may show a new file to one node before another.
+        """
+        if self._world_size > 1:
+            ends = torch.tensor([self.nimg, -self.nimg], device=self.device)
+            dist.all_reduce(ends, op=dist.ReduceOp.MIN)
+            if int(ends[0]) != -int(ends[1]):
+                raise RuntimeError("workers see different checkpoints; check the shared storage")
+
     def pop_loss(self) -> float:
         """Mean loss per image since the last call, over all workers; every worker must call it."""
         if self._world_size > 1:

@@ -3,10 +3,12 @@
 import logging
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ QUIET = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report waits for one controller poll
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # the core's log on stderr; errors reach the user as exceptions
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is the command line's to handle
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # MLflow and the artifacts hold the metrics
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
@@ -30,7 +33,7 @@ def start_ray(compute: ComputeSettings) -> Any:
     Does nothing when this process is connected already.
 
     Raises:
-        SimsError: the cluster of `RAY_ADDRESS` cannot be reached.
+        SimsError: the cluster of `RAY_ADDRESS` cannot be reached, or a local one lacks the GPUs asked for.
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -45,10 +48,9 @@ def start_ray(compute: ComputeSettings) -> Any:
     if address:
         try:
             ray.init(address, **common)
-        except ConnectionError as error:
-            raise SimsError(
-                f"no Ray cluster at RAY_ADDRESS={address} ({error}); start one or unset RAY_ADDRESS"
-            ) from None
+        except (ConnectionError, RuntimeError, ValueError, AssertionError) as error:
+            reason = " ".join(str(error).split())
+            raise SimsError(f"no Ray cluster at RAY_ADDRESS={address} ({reason}); start one, or unset it") from None
         return ray
     workers = max(1, round(compute.num_workers * compute.cpus_per_worker))
     ray.init(
@@ -58,7 +60,51 @@ def start_ray(compute: ComputeSettings) -> Any:
         object_store_memory=compute.object_store_mb << 20,
         **common,
     )
+    _check_gpus(ray, compute)
     return ray
+
+
+def _check_gpus(ray: Any, compute: ComputeSettings) -> None:
+    """A local cluster gets no more GPUs by waiting."""
+    asked, found = compute.num_workers * compute.gpus_per_worker, ray.cluster_resources().get("GPU", 0)
+    if asked > found:
+        stop_ray()
+        raise SimsError(
+            f"compute.num_workers x compute.gpus_per_worker = {asked:g} GPUs, but this machine has {found:g}; "
+            f"lower either, or set RAY_ADDRESS to a cluster that has them"
+        )
+
+
+@contextmanager
+def own_interrupts() -> Iterator[None]:
+    """Ctrl-C stays KeyboardInterrupt although Ray Train installs a handler that exits, and leaves it behind."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)
+
+
+def as_sentence(error: BaseException, doing: str) -> SimsError:
+    """What went wrong in a worker, out of the layers that Ray wraps around it."""
+    cause = _root_cause(error)
+    if isinstance(cause, SimsError):
+        return cause
+    reason = " ".join(str(cause).split())[:500]
+    return SimsError(
+        f"{doing} failed ({type(cause).__name__}: {reason}); what was finished is kept, run the same command to go on"
+    )
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        return _root_cause(next(iter(failures.values())))
+    inner = getattr(error, "cause", None) or error.__cause__
+    return _root_cause(inner) if isinstance(inner, BaseException) else error
 
 
 @contextmanager
@@ -70,6 +116,8 @@ def ray_folder(beside: Path) -> Iterator[dict[str, str]]:
         yield {"name": name, "storage_path": str(storage)}
     finally:
         shutil.rmtree(storage / name, ignore_errors=True)
+        with suppress(OSError):
+            storage.rmdir()  # only when it is empty
 
 
 def stop_ray() -> None:

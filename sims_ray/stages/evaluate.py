@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sims_ray.config import ComputeSettings
+from sims_ray.errors import SimsError
 from sims_ray.metrics.frechet import frechet_distance
 from sims_ray.metrics.moments import Moments, merge_all
 from sims_ray.stages.features import load_reference
@@ -46,8 +47,8 @@ class Evaluation:
                 self.model,
                 self.sampler,
                 start,
-                min(start + self.part_nimg, self.seeds.stop),
-                str(folder / f"part-{start:012d}.npz"),
+                stop := min(start + self.part_nimg, self.seeds.stop),
+                str(folder / f"part-{start:012d}-{stop - 1:012d}.npz"),
                 "moments",
                 features=str(self.features.resolve()),
             )
@@ -74,16 +75,11 @@ def evaluate(evaluations: Sequence[Evaluation], compute: ComputeSettings, label:
         _commit(evaluation)
 
 
-def evaluate_here(evaluation: Evaluation, worker: SeedRangeWorker) -> Iterator[tuple[int, float]]:
-    """Measure one distance in this process; yields (images so far, distance so far) after every part."""
-    parts: list[Moments] = []
-    reference = load_reference(evaluation.features)
+def evaluate_here(evaluation: Evaluation, worker: SeedRangeWorker) -> None:
+    """Measure one distance in this process, sampling only the parts that are missing."""
     for work in _prepare([evaluation]):
         if not Path(work.path).is_file():
             worker.run(work)
-        parts.append(Moments.load(Path(work.path)))
-        merged = merge_all(parts)
-        yield merged.n, frechet_distance(merged, reference)
     _commit(evaluation)
 
 
@@ -96,10 +92,15 @@ def _prepare(evaluations: Sequence[Evaluation]) -> list[SeedRange]:
 def _commit(evaluation: Evaluation) -> None:
     parts = [Path(work.path) for work in evaluation.ranges()]
     moments = merge_all(Moments.load(path) for path in parts)
+    if moments.n != len(evaluation.seeds):
+        raise SimsError(
+            f"{evaluation.artifact.path} holds moments of {moments.n} images instead of {len(evaluation.seeds)}; "
+            f"delete that folder and run again"
+        )
     with atomic_path(evaluation.artifact.path / MOMENTS) as beside:
         moments.save(beside)
     distance = frechet_distance(moments, load_reference(evaluation.features))
     facts = {"metric": evaluation.metric, "distance": distance, "nimg": moments.n}
     evaluation.artifact.commit({MOMENTS: {}}, facts)
-    for path in parts:
+    for path in evaluation.artifact.path.glob("part-*.npz"):
         path.unlink(missing_ok=True)

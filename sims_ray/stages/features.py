@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,8 @@ from sims_ray.errors import SimsError
 from sims_ray.metrics.features import FeatureExtractor, images_moments, pixel_features
 from sims_ray.metrics.moments import Moments, merge_all
 from sims_ray.nn.classifier import FeatureClassifier
-from sims_ray.stages.cluster import start_ray
+from sims_ray.stages.cluster import as_sentence, start_ray
+from sims_ray.stages.progress import Progress
 from sims_ray.storage.artifacts import Artifact, atomic_path, read_manifest
 from sims_ray.storage.checkpoints import load_tensors, save_tensors
 
@@ -24,6 +26,7 @@ logger = logging.getLogger("sims_ray")
 
 CLASSIFIER = "classifier.safetensors"
 REFERENCE = "reference.npz"
+REPORT_STEPS = 50
 
 
 def make_features(artifact: Artifact, settings: FeatureSettings, table: Path, compute: ComputeSettings) -> None:
@@ -34,21 +37,31 @@ def make_features(artifact: Artifact, settings: FeatureSettings, table: Path, co
     """
     if settings.kind == "classifier" and SampleTable(table).num_classes < 2:
         raise SimsError(f"{table} has no labels to train a feature classifier on; set features.kind=pixels")
-    started_s = time.monotonic()
-    logger.info("features: %s, on %s real images", settings.kind, f"{len(SampleTable(table)):,}")
-    if compute.num_workers:
-        ray = start_ray(compute)
-        task = ray.remote(num_cpus=compute.cpus_per_worker, max_retries=compute.max_failures)(_make)
-        accuracy = ray.get(task.remote(artifact, settings, table, max(1, int(compute.cpus_per_worker))))
-    else:
-        accuracy = _make(artifact, settings, table, None)
+    nimg = settings.steps * settings.batch_size if settings.kind == "classifier" else len(SampleTable(table))
+    progress = Progress(f"features ({settings.kind})", nimg)
+    for done_nimg in _in_worker(artifact, settings, table, compute):
+        progress.update(done_nimg)
     files = [REFERENCE] + ([CLASSIFIER] if settings.kind == "classifier" else [])
-    artifact.commit({name: {} for name in files}, {"kind": settings.kind, "accuracy": accuracy})
-    logger.info(
-        "features: done in %.0f s%s",
-        time.monotonic() - started_s,
-        "" if accuracy is None else f", classifier accuracy on its training images {accuracy:.1%}",
-    )
+    result: dict[str, Any] = {"kind": settings.kind}
+    if settings.kind == "classifier":
+        result["accuracy"] = load_tensors(artifact.path / CLASSIFIER)[1]["accuracy"]
+        logger.info("features: the classifier gets %.1f %% of its training images right", result["accuracy"] * 100)
+    artifact.commit({name: {} for name in files}, result)
+
+
+def _in_worker(artifact: Artifact, settings: FeatureSettings, table: Path, compute: ComputeSettings) -> Iterator[int]:
+    """Images done so far, as the work goes on in one Ray task, or here with `num_workers` 0."""
+    if not compute.num_workers:
+        yield from _make(artifact, settings, table, None)
+        return
+    ray = start_ray(compute)
+    threads = max(1, int(compute.cpus_per_worker))
+    task = ray.remote(num_cpus=compute.cpus_per_worker, max_retries=compute.max_failures)(_make)
+    try:
+        for done in task.remote(artifact, settings, table, threads):
+            yield ray.get(done)
+    except ray.exceptions.RayError as error:
+        raise as_sentence(error, "making the features") from error
 
 
 def load_extractor(folder: Path) -> FeatureExtractor:
@@ -63,31 +76,30 @@ def load_reference(folder: Path) -> Moments:
     return Moments.load(folder / REFERENCE)
 
 
-def _make(artifact: Artifact, settings: FeatureSettings, table_path: Path, threads: int | None) -> float | None:
+def _make(artifact: Artifact, settings: FeatureSettings, table_path: Path, threads: int | None) -> Iterator[int]:
     if threads:
         torch.set_num_threads(threads)
     table = SampleTable(table_path)
     artifact.path.mkdir(parents=True, exist_ok=True)
-    accuracy: float | None = None
     extractor: FeatureExtractor = pixel_features
     if settings.kind == "classifier":
-        net, accuracy = _train_classifier(settings, table)
-        architecture = {k: getattr(settings, k) for k in ("width", "feature_dim")}
-        architecture |= {"img_channels": table.shape[0], "num_classes": table.num_classes}
-        card = {"role": "feature classifier", "architecture": architecture, "data": table.fingerprint}
-        save_tensors(artifact.path / CLASSIFIER, net.state_dict(), card)
+        torch.manual_seed(step_generator(settings.seed, 0, "classifier").initial_seed())
+        net = FeatureClassifier(table.shape[0], table.num_classes, settings.width, settings.feature_dim)
+        yield from _train_classifier(net, settings, table, artifact.path / CLASSIFIER)
         extractor = net.features
     moments = merge_all(images_moments(extractor, [torch.from_numpy(part.images.copy())]) for part in table.files())
     with atomic_path(artifact.path / REFERENCE) as beside:
         moments.save(beside)
-    return accuracy
+    if settings.kind == "pixels":
+        yield moments.n
 
 
-def _train_classifier(settings: FeatureSettings, table: SampleTable) -> tuple[FeatureClassifier, float]:
+def _train_classifier(
+    net: FeatureClassifier, settings: FeatureSettings, table: SampleTable, path: Path
+) -> Iterator[int]:
+    """Train and write the checkpoint; yields the images seen so far."""
     samples = table.head(len(table))
     images, labels = torch.from_numpy(samples.images.copy()), torch.from_numpy(samples.labels.astype("int64"))
-    torch.manual_seed(step_generator(settings.seed, 0, "classifier").initial_seed())
-    net = FeatureClassifier(table.shape[0], table.num_classes, settings.width, settings.feature_dim)
     optimizer = torch.optim.Adam(net.parameters(), settings.lr)
     for step in range(settings.steps):
         rows = epoch_order(settings.seed, step * settings.batch_size, settings.batch_size, len(images))
@@ -95,9 +107,15 @@ def _train_classifier(settings: FeatureSettings, table: SampleTable) -> tuple[Fe
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
+        if step % REPORT_STEPS == 0 or step == settings.steps - 1:
+            yield (step + 1) * settings.batch_size
     net.eval().requires_grad_(False)
     predicted = torch.cat([net(batch).argmax(1) for batch in torch.split(images, 512)])
-    return net, float((predicted == labels).double().mean())
+    architecture = {"width": settings.width, "feature_dim": settings.feature_dim}
+    architecture |= {"img_channels": table.shape[0], "num_classes": table.num_classes}
+    accuracy = float((predicted == labels).double().mean())
+    card = {"role": "feature classifier", "architecture": architecture, "data": table.fingerprint, "accuracy": accuracy}
+    save_tensors(path, net.state_dict(), card)
 
 
 def _load_classifier(path: Path) -> FeatureClassifier:

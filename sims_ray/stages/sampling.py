@@ -20,7 +20,7 @@ from sims_ray.config import ComputeSettings
 from sims_ray.data.table import NO_LABEL, Samples, write_samples
 from sims_ray.diffusion.generate import generate
 from sims_ray.metrics.features import FeatureExtractor, images_moments
-from sims_ray.stages.cluster import start_ray
+from sims_ray.stages.cluster import as_sentence, start_ray
 from sims_ray.stages.features import load_extractor
 from sims_ray.stages.progress import Progress
 from sims_ray.storage.artifacts import atomic_path
@@ -144,5 +144,8 @@ def _sample(ranges: Sequence[SeedRange], compute: ComputeSettings) -> Iterator[S
         num_cpus=compute.cpus_per_worker,
         num_gpus=compute.gpus_per_worker,
     )
-    for row in done.iter_rows():
-        yield by_path[row["path"]]
+    try:
+        for row in done.iter_rows():
+            yield by_path[row["path"]]
+    except ray.exceptions.RayError as error:
+        raise as_sentence(error, "sampling") from error

@@ -38,7 +38,11 @@ class SynthesisJob:
 
     def ranges(self) -> list[SeedRange]:
         """The units of work, one file each."""
-        metadata = {"fingerprint": self.artifact.fingerprint, "omega": self.model.omega, "sampler": self.sampler}
+        metadata = {
+            "fingerprint": self.artifact.fingerprint,
+            "model": {"parents": list(self.artifact.parents), "omega": self.model.omega},
+            "sampler": self.sampler,
+        }
         return [
             SeedRange(
                 self.model,
@@ -65,12 +69,10 @@ def synthesize(jobs: Sequence[SynthesisJob], compute: ComputeSettings, label: st
 
 
 def _commit(job: SynthesisJob) -> None:
-    files, num_classes = {}, 0
+    files, labels = {}, []
     for work in job.ranges():
-        labels = pq.read_table(work.path, columns=["label"])["label"].to_numpy()
-        files[Path(work.path).name] = {"rows": len(labels)}
-        num_classes = max(num_classes, table_result((), labels, 0)["num_classes"])
+        labels.append(pq.read_table(work.path, columns=["label"])["label"].to_numpy())
+        files[Path(work.path).name] = {"rows": len(labels[-1])}
     network = load_tensors(Path(job.model.base))[1]["network"]
     shape = (network["img_channels"], network["img_resolution"], network["img_resolution"])
-    facts = table_result(shape, np.array([num_classes - 1], np.int32), len(job.seeds))
-    job.artifact.commit(files, facts)
+    job.artifact.commit(files, table_result(shape, np.concatenate(labels), len(job.seeds)))

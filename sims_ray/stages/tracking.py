@@ -17,6 +17,7 @@ from sims_ray.config import TrackingSettings
 logger = logging.getLogger("sims_ray")
 
 KEY_TAG = "sims_ray.key"
+OUT_TAG = "sims_ray.out"  # two folders on one server keep runs of their own, whatever is in them
 PARENT_TAG = "mlflow.parentRunId"
 NAME_TAG = "mlflow.runName"
 PARAM_CHARS = 500
@@ -41,13 +42,14 @@ class Tracker:
         self._experiment = settings.experiment
         self._client: Any = None
         self._experiment_id = ""
-        self._runs: dict[str, Any] = {}
+        self._out = str(out.resolve())
+        self._runs: dict[str, tuple[str, bool]] = {}  # key -> run id, finished
         self._down = not settings.enabled
 
     def run(self, key: str, name: str, params: Mapping[str, Any], parent: TrackedRun | None = None) -> TrackedRun:
         """The run with this key, made if it is new; `params` may be nested."""
         run_id, finished = self.attempt(lambda: self._open(key, name, params, parent)) or (None, False)
-        return TrackedRun(self, run_id, finished)
+        return TrackedRun(self, key, run_id, finished)
 
     def attempt(self, action: Callable[[], T]) -> T | None:
         """Do something that needs the server; None if it is down. Warns at the first failure only."""
@@ -89,25 +91,33 @@ class Tracker:
         token = None
         while True:
             page = client.search_runs([self._experiment_id], max_results=1000, page_token=token)
-            self._runs |= {run.data.tags[KEY_TAG]: run for run in page if KEY_TAG in run.data.tags}
+            for run in page:
+                if KEY_TAG in run.data.tags and run.data.tags.get(OUT_TAG) == self._out:
+                    self._runs[run.data.tags[KEY_TAG]] = (run.info.run_id, run.info.status == "FINISHED")
             token = page.token
             if not token:
                 break
         self._client = client
 
     def _open(self, key: str, name: str, params: Mapping[str, Any], parent: TrackedRun | None) -> tuple[str, bool]:
-        if (known := self._runs.get(key)) is not None:
-            return known.info.run_id, known.info.status == "FINISHED"
         from mlflow.entities import Param
 
-        tags = {KEY_TAG: key, NAME_TAG: name}
-        if parent is not None and parent.run_id is not None:
-            tags[PARENT_TAG] = parent.run_id
-        run = self._client.create_run(self._experiment_id, tags=tags, run_name=name)
-        self._runs[key] = run
-        flat = [Param(k, str(v)[:PARAM_CHARS]) for k, v in flatten(params).items()]
-        self._client.log_batch(run.info.run_id, params=flat)
-        return run.info.run_id, False
+        if key not in self._runs:
+            tags = {KEY_TAG: key, OUT_TAG: self._out, NAME_TAG: name}
+            if parent is not None and parent.run_id is not None:
+                tags[PARENT_TAG] = parent.run_id
+            run = self._client.create_run(self._experiment_id, tags=tags, run_name=name)
+            self._runs[key] = (run.info.run_id, False)
+        run_id, finished = self._runs[key]
+        if not finished:  # a run that was killed while young may lack them; the same ones again are allowed
+            flat = [Param(k, str(v)[:PARAM_CHARS]) for k, v in flatten(params).items()]
+            self._client.log_batch(run_id, params=flat)
+        return run_id, finished
+
+    def finish(self, key: str, run_id: str) -> None:
+        """Mark a run as finished."""
+        self._client.set_terminated(run_id, "FINISHED")
+        self._runs[key] = (run_id, True)
 
 
 class TrackedRun:
@@ -118,8 +128,8 @@ class TrackedRun:
         finished: whether an earlier process logged it to its end.
     """
 
-    def __init__(self, tracker: Tracker, run_id: str | None, finished: bool) -> None:
-        self._tracker, self.run_id, self.finished = tracker, run_id, finished
+    def __init__(self, tracker: Tracker, key: str, run_id: str | None, finished: bool) -> None:
+        self._tracker, self._key, self.run_id, self.finished = tracker, key, run_id, finished
         self._logged: dict[str, int] = {}
 
     def log(self, rows: Sequence[Mapping[str, float]], step_key: str = "nimg") -> None:
@@ -163,7 +173,8 @@ class TrackedRun:
     def finish(self) -> None:
         """Mark the run as finished."""
         if self.run_id is not None and not self.finished:
-            self._tracker.attempt(lambda: self._tracker.client.set_terminated(self.run_id, "FINISHED"))
+            run_id = self.run_id
+            self._tracker.attempt(lambda: self._tracker.finish(self._key, run_id))
             self.finished = True
 
 

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 from sims_ray.config import ComputeSettings
 from sims_ray.errors import SimsError
-from sims_ray.stages.cluster import ray_folder, start_ray
+from sims_ray.stages.cluster import as_sentence, own_interrupts, ray_folder, start_ray
 from sims_ray.stages.progress import Progress
-from sims_ray.stages.train_loop import KIMG, METRICS, TrainJob, read_metrics, snapshot_name, train_loop
+from sims_ray.stages.train_loop import FAILURE, KIMG, METRICS, TrainJob, read_metrics, snapshot_name, train_loop
 from sims_ray.storage.checkpoints import newest_nimg
 
 POLL_S = 0.5
@@ -25,6 +25,8 @@ def train(job: TrainJob, compute: ComputeSettings, on_metrics: Callable[[dict[st
         SimsError: the loss is no longer a number, or the workers failed more often than allowed.
     """
     job.artifact.path.mkdir(parents=True, exist_ok=True)
+    for torn in job.artifact.path.glob(".*.tmp"):  # what a killed process was writing
+        torn.unlink(missing_ok=True)
     with _follow(job, on_metrics):
         _fit(job, compute)
     losses = read_metrics(job.artifact.path)
@@ -46,7 +48,7 @@ def _fit(job: TrainJob, compute: ComputeSettings) -> None:
 
     threads = max(1, int(compute.cpus_per_worker)) if compute.num_workers else None
     try:
-        with ray_folder(job.artifact.path) as folder:
+        with own_interrupts(), ray_folder(job.artifact.path) as folder:
             TorchTrainer(
                 train_loop,
                 train_loop_config={"job": job, "threads": threads},
@@ -62,13 +64,11 @@ def _fit(job: TrainJob, compute: ComputeSettings) -> None:
                 ),
             ).fit()
     except Exception as error:
-        cause = _root_cause(error)
-        if isinstance(cause, SimsError):
-            raise cause from None
-        raise SimsError(
-            f"training of {job.artifact.path.name} failed ({type(cause).__name__}: {cause}); "
-            f"its checkpoints are kept, run the same command to go on"
-        ) from error
+        raise as_sentence(error, f"training of {job.artifact.path.name}") from error
+    if (failure := job.artifact.path / FAILURE).is_file():
+        sentence = failure.read_text()
+        failure.unlink()
+        raise SimsError(sentence)
 
 
 @contextmanager
@@ -101,12 +101,3 @@ def _follow(job: TrainJob, on_metrics: Callable[[dict[str, float]], None]) -> It
         stop.set()
         thread.join()
         poll()
-
-
-def _root_cause(error: BaseException) -> BaseException:
-    """The error a worker raised, out of the layers Ray wraps around it."""
-    failures = getattr(error, "worker_failures", None)
-    if failures:
-        return _root_cause(next(iter(failures.values())))
-    inner = getattr(error, "cause", None) or error.__cause__
-    return _root_cause(inner) if isinstance(inner, BaseException) else error

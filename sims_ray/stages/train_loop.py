@@ -23,6 +23,7 @@ from sims_ray.storage.artifacts import Artifact
 from sims_ray.storage.checkpoints import load_model, newest_state, save_model, save_tensors, state_path
 
 METRICS = "metrics.jsonl"
+FAILURE = "failure.txt"
 KIMG = 1000
 
 
@@ -71,11 +72,24 @@ def snapshot_name(budget_kimg: float) -> str:
 
 
 def train_loop(config: dict[str, Any]) -> None:
-    """Body of one Ray Train worker."""
+    """Body of one Ray Train worker.
+
+    An error that every worker runs into, and would again, is left in a file: Ray would retry an exception.
+    """
+    import ray.train
+
+    job: TrainJob = config["job"]
+    try:
+        _train(job, config)
+    except SimsError as error:
+        if ray.train.get_context().get_world_rank() == 0:
+            (job.artifact.path / FAILURE).write_text(str(error))
+
+
+def _train(job: TrainJob, config: dict[str, Any]) -> None:
     import ray.train
     import ray.train.torch
 
-    job: TrainJob = config["job"]
     if config["threads"]:  # in a process of its own, not in the caller's
         torch.set_num_threads(config["threads"])
     context = ray.train.get_context()
@@ -84,6 +98,7 @@ def train_loop(config: dict[str, Any]) -> None:
     training = _build(job, rank, world_size, device, ray.train.torch.prepare_model)
     if (found := newest_state(job.artifact.path)) is not None:
         training.load_state(found[0], found[1]["nimg"])
+    training.check_same_start()
     log = _Log(job, training.nimg) if rank == 0 else None
     end_nimg = job.budgets_kimg[-1] * KIMG
     crossed = _crossings(training.nimg)
@@ -183,6 +198,9 @@ class _Log:
 
     def __init__(self, job: TrainJob, nimg: int) -> None:
         self._path = job.artifact.path / METRICS
+        if self._path.is_file() and not self._path.read_text().endswith("\n"):
+            with self._path.open("a") as file:  # a killed process was writing this line
+                file.write("\n")
         self._nimg, self._time_s = nimg, time.monotonic()
 
     def write(self, nimg: int, loss: float) -> None:

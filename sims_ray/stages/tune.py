@@ -79,7 +79,7 @@ def tune(
     else:
         worker = SeedRangeWorker(compute)
         for trial in open_trials:
-            list(evaluate_here(trial.evaluation, worker))
+            evaluate_here(trial.evaluation, worker)
             finished(trial)
     cells = [{**t.params, **t.evaluation.artifact.result} for t in trials]
     guided = [cell for cell in cells if cell["omega"] > 0]
@@ -121,8 +121,8 @@ def _run_trial(config: dict[str, Any], trials: Sequence[Trial], compute: Compute
     from ray import tune as ray_tune
 
     evaluation = trials[config["cell"]["trial"]].evaluation
-    for nimg, distance in evaluate_here(evaluation, _worker(compute)):
-        ray_tune.report({"distance": distance, "nimg": nimg})
+    evaluate_here(evaluation, _worker(compute))
+    ray_tune.report({name: evaluation.artifact.result[name] for name in ("distance", "nimg")})
 
 
 @lru_cache(maxsize=1)

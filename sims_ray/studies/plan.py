@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ from sims_ray.storage.models import SimsModel
 
 DIGITS = "digits"
 DIGITS_SHAPE, DIGITS_CLASSES = (1, 8, 8), 10
+PIXEL_FEATURES = 4096  # the covariance of more fills memory
 PACE_SETTINGS = {"checkpoint_kimg", "log_kimg"}  # they change when things are written, not what
 
 
@@ -34,21 +36,46 @@ class Plan:
     """
 
     def __init__(self, recipe: Recipe, out: Path) -> None:
-        self.recipe, self.out = recipe, out
-        self.store = Store(out / "artifacts")
+        # Absolute, because Ray's workers run in folders of their own.
+        self.recipe, self.out = recipe, out.resolve()
+        self.store = Store(self.out / "artifacts")
         self.seeds = recipe.seed_ledger()
         self.digits = self.store.artifact("import", {"source": DIGITS}) if recipe.data.path == DIGITS else None
-        self.table = self.digits.path if self.digits else Path(recipe.data.path)
+        self.table = self.digits.path if self.digits else Path(recipe.data.path).resolve()
         self.shape: tuple[int, int, int] = DIGITS_SHAPE
         self.num_classes = DIGITS_CLASSES
         self._data_fingerprint = self.digits.fingerprint if self.digits else ""
+        self._unlabelled = 0
         if self.digits is None:
-            table = SampleTable(self.table)
-            self.shape, self.num_classes = table.shape, table.num_classes
+            table = self._own_table()
+            self.shape, self.num_classes, self._unlabelled = table.shape, table.num_classes, table.unlabelled
             self._data_fingerprint = table.fingerprint
         self._check_images()
 
+    def _own_table(self) -> SampleTable:
+        try:
+            return SampleTable(self.table)
+        except SimsError as error:
+            raise SimsError(
+                f"data.path={self.recipe.data.path} is not a sample table ({error}); "
+                f"make one with `sims data import IMAGES OUT` and give OUT"
+            ) from None
+
     def _check_images(self) -> None:
+        self._check_shape()
+        needs = {
+            "network.conditional=true": self.recipe.network.conditional,
+            "features.kind=classifier": self.recipe.features.kind == "classifier",
+        }
+        for setting, needed in needs.items():
+            if needed and (self.num_classes < 2 or self._unlabelled):
+                found = f"{self._unlabelled} images without a label" if self._unlabelled else "one class only"
+                raise SimsError(
+                    f"{self.recipe.data.path} has {found}, but {setting} needs labels; import labelled images, "
+                    f"or set network.conditional=false and features.kind=pixels"
+                )
+
+    def _check_shape(self) -> None:
         _, height, width = self.shape
         network = self.recipe.network
         halvings = len(network.channel_mult) - 1
@@ -58,14 +85,10 @@ class Plan:
                 f"network.channel_mult need squares that divide by {2**halvings}; "
                 f"import with --size, or give fewer levels"
             )
-        if network.conditional and self.num_classes < 2:
+        if self.recipe.features.kind == "pixels" and math.prod(self.shape) > PIXEL_FEATURES:
             raise SimsError(
-                f"{self.recipe.data.path} has no labels, but network.conditional=true; "
-                f"import labelled images or set it false"
-            )
-        if self.recipe.features.kind == "classifier" and self.num_classes < 2:
-            raise SimsError(
-                f"{self.recipe.data.path} has no labels to train a feature classifier on; set features.kind=pixels"
+                f"{self.recipe.data.path} has {math.prod(self.shape)} values per image, but features.kind=pixels takes "
+                f"{PIXEL_FEATURES} at most; import with a smaller --size, or label the images"
             )
 
     @cached_property

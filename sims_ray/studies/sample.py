@@ -15,21 +15,23 @@ from sims_ray.storage.models import SimsModel
 from sims_ray.studies.summary import RESULT
 
 
-def model_of_run(out: Path, name: str) -> SimsModel:
-    """A model of a finished run by its name in the table.
+def model_of_run(out: Path, name: str) -> tuple[SimsModel, SamplerSettings]:
+    """A model of a finished run by its name in the table, and the sampler it was measured with.
 
     Raises:
         SimsError: the folder holds no result, or no model of that name.
     """
     path = out / RESULT
     try:
-        known = json.loads(path.read_text())["models"]
+        summary = json.loads(path.read_text())
+        known = summary["models"]
     except (FileNotFoundError, KeyError, json.JSONDecodeError):
         raise SimsError(f"{path} is not the result of a run; finish `sims run` first, or give --base") from None
     if name not in known:
         raise SimsError(f"{out} has no model {name!r}; choose one of {', '.join(known)}")
     paths = known[name]
-    return SimsModel.of(out / paths["base"], paths["aux"] and out / paths["aux"], paths["omega"])
+    model = SimsModel.of(out / paths["base"], paths["aux"] and out / paths["aux"], paths["omega"])
+    return model, SamplerSettings(**summary["settings"]["sampler"])
 
 
 def sample_images(target: Path, model: SimsModel, seeds: range, sampler: SamplerSettings) -> Path:

@@ -46,9 +46,9 @@ class SimsRun:
     """
 
     def __init__(self, recipe: Recipe, out: Path) -> None:
-        self.recipe, self.out = recipe, out
         self.plan = Plan(recipe, out)
-        self.tracker = Tracker(recipe.tracking, out)
+        self.recipe, self.out = recipe, self.plan.out
+        self.tracker = Tracker(recipe.tracking, self.out)
         content = recipe.model_dump(mode="json", exclude={"compute", "tracking"})
         self._key = fingerprint("run", content, [self.plan.base_job.artifact.fingerprint])
         self._root: TrackedRun | None = None
@@ -96,8 +96,8 @@ class SimsRun:
 
     def tune(self) -> dict[str, Any]:
         """The sweep over omega, B and n_s; returns the selected cell."""
+        self.make_features()  # first, because it is cheap and looks at the labels
         self.finetune()
-        self.make_features()
         sweep = self.plan.sweep
         run = self._child(sweep, "sweep", {"tune": self.recipe.tune.model_dump(mode="json")})
 

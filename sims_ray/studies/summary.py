@@ -37,7 +37,7 @@ def summarise(plan: Plan, selected: Mapping[str, Any]) -> dict[str, Any]:
 
 def models(plan: Plan, selected: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The compared models as checkpoints, paths relative to the output folder, and omega."""
-    folder, found = plan.out.resolve(), {}
+    folder, found = plan.out, {}
     for name, cell in plan.compared(selected).items():
         model = plan.model(*cell)
         base, aux = (path and str(Path(path).relative_to(folder)) for path in (model.base, model.aux))

@@ -1,6 +1,7 @@
 """kill -9 of the driver in each stage, then the same command: the result is that of an undisturbed run."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from tests.processes import end, environment, marked
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 DEADLINE_S = 400.0
+REPORT_SEEDS = 2_000_000_000
 SETTINGS = (
     *TINY,
     "tracking.enabled=false",
@@ -68,42 +70,65 @@ def result(out: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of a run that nothing disturbed."""
     out = tmp_path_factory.mktemp("undisturbed") / "run"
     subprocess.run(command(out), env=environment("undisturbed"), check=True, timeout=DEADLINE_S)
-    return result(out)
+    return out
+
+
+def before_stage(undisturbed: Path, stage: str, out: Path) -> None:
+    """Copy what a run has committed when it comes to a stage; the rest is for the test to make."""
+    order = ["import", "features", "train", "synthesize", "finetune", "tune", "evaluate"]
+    done = order[: order.index(stage)]
+    for manifest in undisturbed.glob("artifacts/*/manifest.json"):
+        facts = json.loads(manifest.read_text())
+        made_by = facts["stage"]
+        if made_by == "train" and "n_s" in facts["settings"]:
+            made_by = "finetune"
+        if made_by == "evaluate":  # the sweep's evaluations come before the report's
+            made_by = "tune" if facts["settings"]["seeds"][0] < REPORT_SEEDS else "evaluate"
+        if made_by in done:
+            shutil.copytree(manifest.parent, out / "artifacts" / manifest.parent.name)
 
 
 @pytest.mark.parametrize("stage", IN_STAGE)
 def test_a_driver_killed_in_any_stage_and_rerun_gives_the_undisturbed_table_digit_for_digit(
-    stage: str, undisturbed: Any, tmp_path: Path, mark: str
+    stage: str, undisturbed: Path, tmp_path: Path, mark: str
 ) -> None:
     out = tmp_path / "run"
+    before_stage(undisturbed, stage, out)
     driver = subprocess.Popen(command(out), env=environment(mark))
-    deadline = time.monotonic() + DEADLINE_S
-    while not IN_STAGE[stage](out):
-        assert driver.poll() is None, f"the run ended before it was seen in {stage}"
-        assert time.monotonic() < deadline, f"{stage} was not reached"
-        time.sleep(0.02)
+    wait_for_stage(stage, out, driver)
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     assert not (out / "result.json").exists()
     before = {p: p.stat().st_mtime_ns for p in out.glob("artifacts/*/manifest.json")}
     subprocess.run(command(out), env=environment(mark), check=True, timeout=DEADLINE_S)
-    assert result(out) == undisturbed
+    assert result(out) == result(undisturbed)
     assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in before.items())
 
 
-def test_ctrl_c_ends_with_a_hint_and_leaves_no_process(tmp_path: Path, mark: str) -> None:
-    out = tmp_path / "run"
-    driver = subprocess.Popen(command(out), env=environment(mark), stderr=subprocess.PIPE, text=True)
+def wait_for_stage(stage: str, out: Path, driver: "subprocess.Popen[Any]") -> None:
     deadline = time.monotonic() + DEADLINE_S
-    while not IN_STAGE["train"](out):
-        assert driver.poll() is None and time.monotonic() < deadline
+    while not IN_STAGE[stage](out):
+        assert driver.poll() is None, f"the run ended before it was seen in {stage}"
+        assert time.monotonic() < deadline, f"{stage} was not reached"
         time.sleep(0.02)
+
+
+@pytest.mark.parametrize("stage", ["train", "synthesize", "tune"])
+def test_ctrl_c_ends_with_a_hint_and_leaves_no_process(
+    stage: str, undisturbed: Path, tmp_path: Path, mark: str
+) -> None:
+    out = tmp_path / "run"
+    before_stage(undisturbed, stage, out)
+    driver = subprocess.Popen(command(out), env=environment(mark), stderr=subprocess.PIPE, text=True)
+    wait_for_stage(stage, out, driver)
     driver.send_signal(signal.SIGINT)
     _, stderr = driver.communicate(timeout=120)
-    assert driver.returncode == 130 and "run the same command again" in stderr
+    assert driver.returncode == 130 and "run the same command again" in stderr, stderr[-3000:]
+    deadline = time.monotonic() + 200
     while marked(mark):
         assert time.monotonic() < deadline, "processes are left"
         time.sleep(0.5)
