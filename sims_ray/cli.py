@@ -14,6 +14,8 @@ import yaml
 from sims_ray.config import Recipe, builtin_recipes, load_recipe
 from sims_ray.errors import SimsError
 
+INTERRUPTED = 130  # the shell's exit code after Ctrl-C
+
 app = typer.Typer(
     name="sims",
     help="Self-improving diffusion models with synthetic data (SIMS), on Ray.",
@@ -212,30 +214,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("sims_ray").setLevel(logging.INFO)
+    code: int | str | None = 0
     try:
-        code = app(arguments, standalone_mode=False)
+        app(arguments)
+    except SystemExit as ended:  # typer's own way to end, also for a wrong option
+        code = ended.code
     except SimsError as error:
         typer.echo(f"error: {error}", err=True)
         code = 1
     except OSError as error:
         typer.echo(f"error: {error.filename or 'storage'}: {error.strerror or error}; make it accessible", err=True)
         code = 1
-    except (KeyboardInterrupt, typer.Abort):
-        typer.echo("stopped; run the same command again to go on", err=True)
-        code = 130
-    except Exception as error:
-        import click
-
-        if not isinstance(error, click.ClickException):
-            raise
-        error.show()
-        code = error.exit_code
+    except KeyboardInterrupt:
+        code = INTERRUPTED
     finally:
         if "ray" in sys.modules:
             from sims_ray.stages.cluster import stop_ray
 
             stop_ray()
-    sys.exit(code if isinstance(code, int) else 0)
+    if code == INTERRUPTED:
+        typer.echo("stopped; run the same command again to go on", err=True)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

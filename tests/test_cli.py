@@ -12,8 +12,7 @@ from tests.conftest import LOCAL, TINY
 def sims(*words: str | Path) -> int:
     with pytest.raises(SystemExit) as ended:
         main([str(word) for word in words])
-    assert isinstance(ended.value.code, int)
-    return ended.value.code
+    return int(ended.value.code or 0)
 
 
 def settings() -> list[str]:
@@ -49,6 +48,11 @@ def test_a_mistake_gets_one_sentence_and_a_failing_exit_and_leaves_nothing(
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and sentence in error and "\n" not in error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_option_is_explained_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sims("run", "digits", "--nonsense") == 2
+    assert "No such option: --nonsense" in capsys.readouterr().err
 
 
 def test_run_ends_with_the_table_the_report_and_the_way_to_mlflow(
