@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +28,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def head() -> Iterator[dict[str, str]]:
     """A head node; yields the environment that reaches it."""
     mark, dashboard = uuid.uuid4().hex, free_port()
@@ -50,21 +51,27 @@ def head() -> Iterator[dict[str, str]]:
             end(mark)
 
 
+def submit(env: dict[str, str], *job: str) -> "subprocess.CompletedProcess[str]":
+    """Submit a job and wait for its end; a head that has just started may have no agent for jobs yet."""
+    command = [RAY, "job", "submit", "--working-dir", ".", "--", sys.executable, *job]
+    deadline = time.monotonic() + 120
+    while True:
+        done = subprocess.run(command, env=env, cwd=ROOT, timeout=600, capture_output=True, text=True)
+        if "No available agent" not in done.stderr or time.monotonic() > deadline:
+            return done
+
+
 def test_a_submitted_job_makes_the_report_on_the_cluster_it_was_submitted_to(
     head: dict[str, str], tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
     sets = [word for setting in (*TINY, "tracking.enabled=false") for word in ("--set", setting)]
-    job = [sys.executable, "jobs/run_sims.py", "digits", "--out", str(out), *sets]
-    submit = [RAY, "job", "submit", "--working-dir", ".", "--", *job]
-    done = subprocess.run(submit, env=head, cwd=ROOT, timeout=600, capture_output=True, text=True)
+    done = submit(head, "jobs/run_sims.py", "digits", "--out", str(out), *sets)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert [row["model"] for row in json.loads((out / "result.json").read_text())["table"]][-1] == "SIMS"
     assert "report.html" in done.stdout
 
 
 def test_a_job_with_a_wrong_setting_fails_with_its_sentence(head: dict[str, str]) -> None:
-    job = [sys.executable, "jobs/train_base.py", "digits", "--set", "train.lrr=1"]
-    submit = [RAY, "job", "submit", "--working-dir", ".", "--", *job]
-    done = subprocess.run(submit, env=head, cwd=ROOT, timeout=300, capture_output=True, text=True)
+    done = submit(head, "jobs/train_base.py", "digits", "--set", "train.lrr=1")
     assert done.returncode != 0 and "train.lrr is not a setting; did you mean lr?" in done.stdout + done.stderr
