@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 
-from sims_ray.nn.precond import EDMPrecond, build_network
+from sims_ray.nn.networks import build_network
+from sims_ray.nn.precond import Precond
 
 SETTINGS = {
     "img_resolution": 8, "img_channels": 1, "label_dim": 0, "augment_dim": 0, "model_channels": 8,
@@ -12,7 +13,7 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def small_network(seed: int = 0, **settings: Any) -> EDMPrecond:
+def small_network(seed: int = 0, **settings: Any) -> Precond:
     """A denoiser of 8x8 grey images in eval mode; `settings` override `SETTINGS`."""
     net = build_network({**SETTINGS, **settings})
     generator = torch.Generator().manual_seed(seed)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sims_ray.diffusion.loss import draw_noise, edm_loss
 from sims_ray.diffusion.noise import epoch_order, step_generator
 from sims_ray.nn.ema import ema_beta, update_ema
-from sims_ray.nn.precond import EDMPrecond
+from sims_ray.nn.precond import Precond
 
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 1e-8
@@ -67,7 +67,7 @@ class Training:
 
     def __init__(
         self,
-        net: EDMPrecond,
+        net: Precond,
         settings: Optimization,
         images: Tensor,
         labels: Tensor | None,

@@ -1,33 +1,95 @@
 """EDM preconditioning: a raw network becomes a denoiser D(x; sigma)."""
 
-from collections.abc import Mapping
-from typing import Any
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from sims_ray.nn.song_unet import SongUNet
+from sims_ray.nn.edm2_unet import EDM2UNet, MPConv, MPFourier
+from sims_ray.nn.layers import Encoded
 
 
-class EDMPrecond(nn.Module):
+class RawNetwork(Protocol):
+    """F(x, c_noise, labels, augment_labels), in two halves: the decoder on what the encoder returns."""
+
+    def __call__(
+        self, x: Tensor, c_noise: Tensor, labels: Tensor | None, augment_labels: Tensor | None, /
+    ) -> Tensor:
+        """Evaluate the raw network."""
+        ...
+
+    def encode(
+        self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None, augment_labels: Tensor | None = None
+    ) -> Encoded:
+        """Run the embedding and the encoder."""
+        ...
+
+    def decode(self, encoded: Encoded) -> Tensor:
+        """Run the decoder."""
+        ...
+
+
+class _Inputs(NamedTuple):
+    x: Tensor  # float32 [B, C, H, W]
+    c_skip: Tensor  # [B, 1, 1, 1]
+    c_out: Tensor
+    x_in: Tensor  # in the network's precision
+    c_noise: Tensor  # [B]
+    labels: Tensor | None
+
+
+class Features(NamedTuple):
+    """The encoder half of one evaluation, which several decoders may share.
+
+    Attributes:
+        inputs: what the preconditioning needs to finish.
+        encoded: what the encoder returned.
+    """
+
+    inputs: _Inputs
+    encoded: Encoded
+
+
+class Precond(nn.Module):
     """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) (EDM, arXiv 2206.00364, eq. 7 and table 1).
 
+    Input and output are float32; `precision` is the dtype the raw network runs in.
+
     Args:
-        model: raw network F(x, c_noise, labels, augment_labels).
         label_dim: number of classes K; 0 for unconditional.
         sigma_data: standard deviation of the training images, in [-1, 1] units.
     """
 
-    def __init__(self, model: nn.Module, label_dim: int = 0, sigma_data: float = 0.5) -> None:
+    def __init__(self, label_dim: int = 0, sigma_data: float = 0.5) -> None:
         super().__init__()
-        self.model = model
         self.label_dim = label_dim
         self.sigma_data = sigma_data
+        self.precision = torch.float32
+
+    @property
+    def network(self) -> RawNetwork:
+        """The raw network F."""
+        raise NotImplementedError
 
     def forward(
         self, x: Tensor, sigma: Tensor, labels: Tensor | None = None, augment_labels: Tensor | None = None
     ) -> Tensor:
         """Estimate the clean image from x [B, C, H, W] at sigma [B]; labels are one-hot [B, K]."""
+        inputs = self._inputs(x, sigma, labels)
+        return _finish(inputs, self.network(inputs.x_in, inputs.c_noise, inputs.labels, augment_labels))
+
+    def encode(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Features:
+        """The first half of `forward`."""
+        inputs = self._inputs(x, sigma, labels)
+        return Features(inputs, self.network.encode(inputs.x_in, inputs.c_noise, inputs.labels))
+
+    def decode(self, features: Features) -> Tensor:
+        """The second half of `forward`, on features that may come from another network's encoder."""
+        return _finish(features.inputs, self.network.decode(features.encoded))
+
+    def _inputs(self, x: Tensor, sigma: Tensor, labels: Tensor | None) -> _Inputs:
         x = x.to(torch.float32)
         sigma = sigma.to(torch.float32).reshape(-1, 1, 1, 1).expand(x.shape[0], -1, -1, -1)
         if self.label_dim == 0:
@@ -37,19 +99,56 @@ class EDMPrecond(nn.Module):
         else:
             labels = labels.to(torch.float32).reshape(-1, self.label_dim)
         variance = sigma**2 + self.sigma_data**2
-        c_skip = self.sigma_data**2 / variance
-        c_out = sigma * self.sigma_data / variance.sqrt()
-        c_in = 1 / variance.sqrt()
-        c_noise = sigma.flatten().log() / 4
-        f_x: Tensor = self.model(c_in * x, c_noise, labels, augment_labels)
-        return c_skip * x + c_out * f_x
+        x_in = (x / variance.sqrt()).to(self.precision)
+        c_skip, c_out = self.sigma_data**2 / variance, sigma * self.sigma_data / variance.sqrt()
+        return _Inputs(x, c_skip, c_out, x_in, sigma.flatten().log() / 4, labels)
 
 
-def build_network(settings: Mapping[str, Any]) -> EDMPrecond:
-    """Build the preconditioned network that `settings` (the `network` entry of a checkpoint card) describes.
+def _finish(inputs: _Inputs, f_x: Tensor) -> Tensor:
+    return inputs.c_skip * inputs.x + inputs.c_out * f_x.to(torch.float32)
 
-    Keys: those of `SongUNet` plus `sigma_data`.
+
+class EDMPrecond(Precond):
+    """Preconditioned network of EDM; the raw network lies in `model`.
+
+    Args:
+        model: raw network F(x, c_noise, labels, augment_labels).
+        label_dim: number of classes K; 0 for unconditional.
+        sigma_data: standard deviation of the training images.
     """
-    options = dict(settings)
-    sigma_data = options.pop("sigma_data")
-    return EDMPrecond(SongUNet(**options), options["label_dim"], sigma_data)
+
+    def __init__(self, model: nn.Module, label_dim: int = 0, sigma_data: float = 0.5) -> None:
+        super().__init__(label_dim, sigma_data)
+        self.model = model
+
+    @property
+    def network(self) -> RawNetwork:
+        """The raw network F."""
+        return self.model  # type: ignore[return-value]
+
+
+class EDM2Precond(Precond):
+    """Preconditioned network of EDM2 (arXiv 2312.02696), with its learned uncertainty u(sigma).
+
+    Args:
+        unet: raw network.
+        sigma_data: standard deviation of the training images.
+        logvar_channels: Fourier features of the uncertainty.
+    """
+
+    def __init__(self, unet: EDM2UNet, sigma_data: float = 0.5, logvar_channels: int = 128) -> None:
+        super().__init__(unet.label_dim, sigma_data)
+        self.unet = unet
+        self.logvar_fourier = MPFourier(logvar_channels)
+        self.logvar_linear = MPConv(logvar_channels, 1)
+
+    @property
+    def network(self) -> RawNetwork:
+        """The raw network F."""
+        return self.unet
+
+    def logvar(self, sigma: Tensor) -> Tensor:
+        """Log variance u(sigma) of the loss at sigma [B]: [B] (EDM2 eq. 23)."""
+        c_noise = sigma.to(torch.float32).flatten().log() / 4
+        out: Tensor = self.logvar_linear(self.logvar_fourier(c_noise))
+        return out.flatten()

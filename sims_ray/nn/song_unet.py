@@ -1,7 +1,7 @@
-"""DDPM++ U-Net (Song et al. 2021, arXiv 2011.13456) as configured by EDM (arXiv 2206.00364, App. F).
+"""U-Nets of Song et al. 2021 (arXiv 2011.13456) as configured by EDM (arXiv 2206.00364, App. F).
 
-Parameter names are those of the public EDM checkpoints, so that weights load key for key. Written
-from the papers; only the "positional / standard / standard" (DDPM++) variant lives here.
+One class, two published settings: DDPM++ (positional embedding, plain encoder) and NCSN++ (Fourier
+embedding, residual image pyramid in the encoder). Written from the papers.
 """
 
 import math
@@ -11,166 +11,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CHANNELS_PER_GROUP = 4
-MAX_GROUPS = 32
-SKIP_SCALE = math.sqrt(0.5)  # keeps the variance of a residual sum at that of its terms
-GROUP_NORM_EPS = 1e-6
-EMBEDDING_MULT = 4  # width of the noise embedding over model_channels
+from sims_ray.nn.layers import (
+    BlockStyle,
+    Conv2d,
+    Encoded,
+    FourierEmbedding,
+    GroupNorm,
+    Init,
+    Linear,
+    PositionalEmbedding,
+    UNetBlock,
+    drop_labels,
+)
 
-
-def _xavier_uniform(shape: Sequence[int], fan_in: int, fan_out: int, gain: float) -> nn.Parameter:
-    bound = math.sqrt(6.0 / (fan_in + fan_out))
-    return nn.Parameter((torch.rand(*shape) * 2 - 1) * bound * gain)
-
-
-class Linear(nn.Module):
-    """Affine map with Xavier-uniform weights and zero bias."""
-
-    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
-        super().__init__()
-        self.in_features = in_features
-        self.weight = _xavier_uniform([out_features, in_features], in_features, out_features, 1.0)
-        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [B, in_features] to [B, out_features]."""
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-
-
-class Conv2d(nn.Module):
-    """Same-size convolution, optionally after 2x down- or up-sampling with a separable filter.
-
-    `kernel=0` leaves out the convolution and only resamples.
-    """
-
-    resample_filter: Tensor
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel: int,
-        *,
-        up: bool = False,
-        down: bool = False,
-        filter_taps: Sequence[int] = (1, 1),
-        gain: float = 1.0,
-    ) -> None:
-        super().__init__()
-        self.in_channels, self.out_channels = in_channels, out_channels
-        self.up, self.down = up, down
-        self.weight: nn.Parameter | None = None
-        self.bias: nn.Parameter | None = None
-        if kernel:
-            fan = kernel**2
-            self.weight = _xavier_uniform(
-                [out_channels, in_channels, kernel, kernel], in_channels * fan, out_channels * fan, gain
-            )
-            self.bias = nn.Parameter(torch.zeros(out_channels))
-        if up or down:
-            taps = torch.as_tensor(filter_taps, dtype=torch.float32)
-            self.register_buffer("resample_filter", (taps.outer(taps) / taps.sum() ** 2)[None, None])
-
-    def _resample(self, x: Tensor) -> Tensor:
-        taps = self.resample_filter.to(x.dtype)
-        pad = (taps.shape[-1] - 1) // 2
-        taps = taps.expand(self.in_channels, 1, -1, -1)
-        if self.up:  # zero insertion divides the mean by 4
-            return F.conv_transpose2d(x, taps * 4, stride=2, padding=pad, groups=self.in_channels)
-        return F.conv2d(x, taps, stride=2, padding=pad, groups=self.in_channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [B, in_channels, H, W] to [B, out_channels, H', W'] with H' = H, 2H or H/2."""
-        if self.up or self.down:
-            x = self._resample(x)
-        if self.weight is None or self.bias is None:
-            return x
-        return F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), padding=self.weight.shape[-1] // 2)
-
-
-class GroupNorm(nn.Module):
-    """Group normalisation over min(32, channels / 4) groups, or fewer where those do not divide the channels."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        most = min(MAX_GROUPS, channels // CHANNELS_PER_GROUP)
-        self.groups = next(groups for groups in range(most, 0, -1) if channels % groups == 0)
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise [B, C, H, W]."""
-        return F.group_norm(x, self.groups, self.weight.to(x.dtype), self.bias.to(x.dtype), GROUP_NORM_EPS)
-
-
-class UNetBlock(nn.Module):
-    """Residual block with noise conditioning by addition and optional single-head self-attention."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        emb_channels: int,
-        *,
-        up: bool = False,
-        down: bool = False,
-        attention: bool = False,
-        dropout: float = 0.0,
-        filter_taps: Sequence[int] = (1, 1),
-    ) -> None:
-        super().__init__()
-        self.in_channels, self.out_channels, self.dropout = in_channels, out_channels, dropout
-        self.norm0 = GroupNorm(in_channels)
-        self.conv0 = Conv2d(in_channels, out_channels, 3, up=up, down=down, filter_taps=filter_taps)
-        self.affine = Linear(emb_channels, out_channels)
-        self.norm1 = GroupNorm(out_channels)
-        self.conv1 = Conv2d(out_channels, out_channels, 3, gain=1e-5)
-        self.skip: Conv2d | None = None
-        if in_channels != out_channels or up or down:
-            self.skip = Conv2d(in_channels, out_channels, 1, up=up, down=down, filter_taps=filter_taps)
-        self.attention = attention
-        if attention:
-            self.norm2 = GroupNorm(out_channels)
-            self.qkv = Conv2d(out_channels, out_channels * 3, 1, gain=math.sqrt(0.2))
-            self.proj = Conv2d(out_channels, out_channels, 1, gain=1e-5)
-
-    def _attend(self, x: Tensor) -> Tensor:
-        batch, channels, height, width = x.shape
-        # The checkpoints interleave q, k, v along the channel axis: [C, 3] rather than [3, C].
-        qkv = self.qkv(self.norm2(x)).reshape(batch, channels, 3, height * width)
-        q, k, v = qkv.permute(2, 0, 3, 1).unsqueeze(2)  # each [B, 1, HW, C]
-        a = F.scaled_dot_product_attention(q, k, v)
-        out: Tensor = self.proj(a.squeeze(1).transpose(1, 2).reshape(x.shape))
-        return out
-
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """Map x [B, in_channels, H, W] and emb [B, emb_channels] to [B, out_channels, H', W']."""
-        h = self.conv0(F.silu(self.norm0(x)))
-        h = F.silu(self.norm1(h + self.affine(emb)[:, :, None, None]))
-        h = self.conv1(F.dropout(h, self.dropout, self.training))
-        x = (h + (x if self.skip is None else self.skip(x))) * SKIP_SCALE
-        if self.attention:
-            x = (self._attend(x) + x) * SKIP_SCALE
-        return x
-
-
-class PositionalEmbedding(nn.Module):
-    """Sinusoidal embedding of a scalar: [B] to [B, channels], sines before cosines."""
-
-    def __init__(self, channels: int, max_positions: int = 10000) -> None:
-        super().__init__()
-        self.channels, self.max_positions = channels, max_positions
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Embed c_noise [B]."""
-        half = self.channels // 2
-        exponent = torch.arange(half, dtype=torch.float32, device=x.device) / (half - 1)
-        angles = x.to(torch.float32).outer((1 / self.max_positions) ** exponent)
-        return torch.cat([angles.sin(), angles.cos()], dim=1).to(x.dtype)
+EPS = 1e-6
+NEAR_ZERO = Init(weight=1e-5)
+NCSNPP = {
+    "embedding_type": "fourier",
+    "encoder_type": "residual",
+    "channel_mult_noise": 2,
+    "resample_filter": (1, 3, 3, 1),
+}
+CHOICES = {
+    "embedding_type": ("positional", "fourier"),
+    "encoder_type": ("standard", "skip", "residual"),
+    "decoder_type": ("standard", "skip"),
+}
 
 
 class SongUNet(nn.Module):
-    """DDPM++ network F(x, c_noise, labels): [B, C, R, R] to [B, C, R, R].
+    """DDPM++ or NCSN++ network F(x, c_noise, labels): [B, C, R, R] to [B, C, R, R].
 
     Args:
         img_resolution: R, divisible by 2**(len(channel_mult) - 1).
@@ -179,9 +49,19 @@ class SongUNet(nn.Module):
         augment_dim: width of the augmentation label (EDM: 9); 0 for none.
         model_channels: base width.
         channel_mult: width multiplier per resolution, highest resolution first.
+        channel_mult_emb: width of the embedding over the base width.
         num_blocks: residual blocks per resolution.
         attn_resolutions: resolutions with self-attention.
         dropout: dropout probability inside the residual blocks.
+        label_dropout: share of labels zeroed in training, for classifier-free guidance.
+        embedding_type: 'positional' (DDPM++) or 'fourier' (NCSN++).
+        channel_mult_noise: width of the noise embedding over the base width; 1 for DDPM++, 2 for NCSN++.
+        encoder_type: 'standard' (DDPM++), 'residual' (NCSN++) or 'skip'.
+        decoder_type: 'standard', or 'skip' for an image pyramid.
+        resample_filter: (1, 1) for DDPM++, (1, 3, 3, 1) for NCSN++.
+
+    Raises:
+        ValueError: a type that is not one of those.
     """
 
     def __init__(
@@ -191,82 +71,138 @@ class SongUNet(nn.Module):
         label_dim: int = 0,
         augment_dim: int = 0,
         model_channels: int = 128,
-        channel_mult: Sequence[int] = (2, 2, 2),
+        channel_mult: Sequence[int] = (1, 2, 2, 2),
+        channel_mult_emb: int = 4,
         num_blocks: int = 4,
         attn_resolutions: Sequence[int] = (16,),
-        dropout: float = 0.1,
+        dropout: float = 0.10,
+        label_dropout: float = 0.0,
+        embedding_type: str = "positional",
+        channel_mult_noise: int = 1,
+        encoder_type: str = "standard",
+        decoder_type: str = "standard",
         resample_filter: Sequence[int] = (1, 1),
     ) -> None:
         super().__init__()
-        self.label_dim = label_dim
-        emb_channels = model_channels * EMBEDDING_MULT
-        self.map_noise = PositionalEmbedding(model_channels)
-        self.map_label = Linear(label_dim, model_channels) if label_dim else None
-        self.map_augment = Linear(augment_dim, model_channels, bias=False) if augment_dim else None
-        self.map_layer0 = Linear(model_channels, emb_channels)
+        chosen = {"embedding_type": embedding_type, "encoder_type": encoder_type, "decoder_type": decoder_type}
+        for name, value in chosen.items():
+            if value not in CHOICES[name]:
+                raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(CHOICES[name])}")
+        self.label_dim, self.label_dropout = label_dim, label_dropout
+        emb_channels = model_channels * channel_mult_emb
+        noise_channels = model_channels * channel_mult_noise
+        self.map_noise = (
+            PositionalEmbedding(noise_channels, endpoint=True)
+            if embedding_type == "positional"
+            else FourierEmbedding(noise_channels)
+        )
+        self.map_label = Linear(label_dim, noise_channels) if label_dim else None
+        self.map_augment = Linear(augment_dim, noise_channels, bias=False) if augment_dim else None
+        self.map_layer0 = Linear(noise_channels, emb_channels)
         self.map_layer1 = Linear(emb_channels, emb_channels)
+        taps = tuple(resample_filter)
+        style = BlockStyle(
+            dropout, EPS, math.sqrt(0.5), False, None, True, taps, Init(), NEAR_ZERO, Init(weight=math.sqrt(0.2))
+        )
 
         def block(cin: int, cout: int, res: int, *, attention: bool | None = None, **resample: bool) -> UNetBlock:
             attend = res in attn_resolutions if attention is None else attention
-            return UNetBlock(
-                cin, cout, emb_channels, attention=attend, dropout=dropout, filter_taps=resample_filter, **resample
-            )
+            return UNetBlock(cin, cout, emb_channels, style, attention=attend, **resample)
 
         self.enc = nn.ModuleDict()
         widths = [model_channels * mult for mult in channel_mult]
         resolutions = [img_resolution >> level for level in range(len(widths))]
-        cout = model_channels
+        cout, caux = model_channels, img_channels
         skips = []
         for level, (res, width) in enumerate(zip(resolutions, widths, strict=True)):
+            name = f"{res}x{res}"
             if level == 0:
-                self.enc[f"{res}x{res}_conv"] = Conv2d(img_channels, cout, 3)
+                self.enc[f"{name}_conv"] = Conv2d(img_channels, cout, 3)
             else:
-                self.enc[f"{res}x{res}_down"] = block(cout, cout, res, attention=False, down=True)
+                self.enc[f"{name}_down"] = block(cout, cout, res, attention=False, down=True)
+                if encoder_type == "skip":
+                    self.enc[f"{name}_aux_down"] = Conv2d(caux, caux, 0, down=True, filter_taps=taps)
+                    self.enc[f"{name}_aux_skip"] = Conv2d(caux, cout, 1)
+                if encoder_type == "residual":
+                    self.enc[f"{name}_aux_residual"] = Conv2d(caux, cout, 3, down=True, filter_taps=taps, fused=True)
+                    caux = cout
             skips.append(cout)
             for i in range(num_blocks):
-                self.enc[f"{res}x{res}_block{i}"] = block(cout, width, res)
+                self.enc[f"{name}_block{i}"] = block(cout, width, res)
                 cout = width
                 skips.append(cout)
 
         self.dec = nn.ModuleDict()
         for level, (res, width) in reversed(list(enumerate(zip(resolutions, widths, strict=True)))):
+            name = f"{res}x{res}"
             if level == len(widths) - 1:
-                self.dec[f"{res}x{res}_in0"] = block(cout, cout, res, attention=True)
-                self.dec[f"{res}x{res}_in1"] = block(cout, cout, res, attention=False)
+                self.dec[f"{name}_in0"] = block(cout, cout, res, attention=True)
+                self.dec[f"{name}_in1"] = block(cout, cout, res, attention=False)
             else:
-                self.dec[f"{res}x{res}_up"] = block(cout, cout, res, attention=False, up=True)
+                self.dec[f"{name}_up"] = block(cout, cout, res, attention=False, up=True)
             for i in range(num_blocks + 1):
                 attention = i == num_blocks and res in attn_resolutions
-                self.dec[f"{res}x{res}_block{i}"] = block(cout + skips.pop(), width, res, attention=attention)
+                self.dec[f"{name}_block{i}"] = block(cout + skips.pop(), width, res, attention=attention)
                 cout = width
-        self.dec[f"{img_resolution}x{img_resolution}_aux_norm"] = GroupNorm(cout)
-        self.dec[f"{img_resolution}x{img_resolution}_aux_conv"] = Conv2d(cout, img_channels, 3, gain=1e-5)
+            if decoder_type == "skip" or level == 0:
+                if decoder_type == "skip" and level < len(widths) - 1:
+                    self.dec[f"{name}_aux_up"] = Conv2d(img_channels, img_channels, 0, up=True, filter_taps=taps)
+                self.dec[f"{name}_aux_norm"] = GroupNorm(cout, EPS)
+                self.dec[f"{name}_aux_conv"] = Conv2d(cout, img_channels, 3, init=NEAR_ZERO)
 
     def embed(self, c_noise: Tensor, labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
         """Embed c_noise [B], labels [B, K] and augment_labels [B, A] into [B, emb_channels]."""
         emb = self.map_noise(c_noise)
+        emb = emb.unflatten(1, (2, -1)).flip(1).flatten(1)  # these checkpoints put sines before cosines
         if self.map_label is not None and labels is not None:
+            labels = drop_labels(labels, self.label_dropout, self.training)
             emb = emb + self.map_label(labels * math.sqrt(self.label_dim))
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
 
+    def encode(
+        self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None, augment_labels: Tensor | None = None
+    ) -> Encoded:
+        """Run the embedding and the encoder; arguments as in `forward`."""
+        emb = self.embed(c_noise, labels, augment_labels)
+        skips: list[Tensor] = []
+        aux = x
+        for name, layer in self.enc.items():
+            if "aux_down" in name:
+                aux = layer(aux)
+            elif "aux_skip" in name:
+                x = skips[-1] = x + layer(aux)
+            elif "aux_residual" in name:
+                x = skips[-1] = aux = (x + layer(aux)) / math.sqrt(2)
+            else:
+                x = layer(x, emb) if isinstance(layer, UNetBlock) else layer(x)
+                skips.append(x)
+        return Encoded(x, tuple(skips), emb)
+
+    def decode(self, encoded: Encoded) -> Tensor:
+        """Run the decoder on what `encode` returned."""
+        x, skips = encoded.x, list(encoded.skips)
+        image: Tensor | None = None
+        normed = x
+        for name, layer in self.dec.items():
+            if isinstance(layer, UNetBlock):
+                if layer.in_channels != x.shape[1]:
+                    x = torch.cat([x, skips.pop()], dim=1)
+                x = layer(x, encoded.emb)
+            elif "aux_up" in name:
+                image = layer(image)
+            elif "aux_norm" in name:
+                normed = layer(x)
+            else:
+                part = layer(F.silu(normed))
+                image = part if image is None else part + image
+        if image is None:
+            raise RuntimeError("the decoder has no output layer")
+        return image
+
     def forward(
         self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None, augment_labels: Tensor | None = None
     ) -> Tensor:
         """Evaluate the raw network; x [B, C, R, R], c_noise [B], labels [B, K], augment_labels [B, A]."""
-        emb = self.embed(c_noise, labels, augment_labels)
-        skips = []
-        for layer in self.enc.values():
-            x = layer(x, emb) if isinstance(layer, UNetBlock) else layer(x)
-            skips.append(x)
-        for layer in self.dec.values():
-            if isinstance(layer, UNetBlock):
-                if layer.in_channels != x.shape[1]:
-                    x = torch.cat([x, skips.pop()], dim=1)
-                x = layer(x, emb)
-            elif isinstance(layer, GroupNorm):
-                x = F.silu(layer(x))
-            else:
-                x = layer(x)
-        return x
+        return self.decode(self.encode(x, c_noise, labels, augment_labels))

@@ -18,7 +18,7 @@ from sims_ray.data.table import SampleTable
 from sims_ray.diffusion.noise import step_generator
 from sims_ray.diffusion.training import Optimization, Training
 from sims_ray.errors import SimsError
-from sims_ray.nn.precond import build_network
+from sims_ray.nn.networks import build_network
 from sims_ray.storage.artifacts import Artifact
 from sims_ray.storage.checkpoints import load_model, newest_state, save_model, save_tensors, state_path
 

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sims_ray.errors import SimsError
-from sims_ray.nn.precond import EDMPrecond, build_network
+from sims_ray.nn.networks import build_network
+from sims_ray.nn.precond import Precond
 from sims_ray.storage.artifacts import atomic_path
 
 CARD = "card"
@@ -51,7 +52,7 @@ def save_model(path: Path, net: torch.nn.Module, card: Mapping[str, Any]) -> Non
     save_tensors(path, net.state_dict(), card)
 
 
-def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[EDMPrecond, dict[str, Any]]:
+def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[Precond, dict[str, Any]]:
     """Read a denoiser for inference: in eval mode, without gradients.
 
     Raises:

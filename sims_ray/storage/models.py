@@ -11,7 +11,7 @@ from typing import Any
 from sims_ray.diffusion.guidance import sims_guidance
 from sims_ray.diffusion.sampler import Denoiser
 from sims_ray.errors import SimsError
-from sims_ray.nn.precond import EDMPrecond
+from sims_ray.nn.precond import Precond
 from sims_ray.storage.checkpoints import load_model
 
 CACHED_MODELS = 4
@@ -60,5 +60,5 @@ class SimsModel:
 
 
 @lru_cache(maxsize=CACHED_MODELS)
-def _load(path: str, device: str) -> tuple[EDMPrecond, Mapping[str, Any]]:
+def _load(path: str, device: str) -> tuple[Precond, Mapping[str, Any]]:
     return load_model(Path(path), device)

@@ -1,0 +1,289 @@
+"""EDM2's magnitude-preserving U-Net, configuration G (Karras et al. 2024, arXiv 2312.02696).
+
+Every layer keeps the expected magnitude of its input, weights are normalised in every forward pass (eq. 47 and
+66) and, while they train, forced back onto the unit sphere in place. Parameter names are those of the public
+checkpoints. Written from the paper.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sims_ray.nn.layers import Encoded, drop_labels
+
+NORM_EPS = 1e-4
+SILU_MAGNITUDE = 0.596  # root mean square of silu of a standard normal
+
+
+def normalize(x: Tensor, dim: Sequence[int] | None = None, eps: float = NORM_EPS) -> Tensor:
+    """Divide by the root mean square over `dim`, by default all axes but the first (EDM2 eq. 53)."""
+    axes = list(range(1, x.ndim)) if dim is None else list(dim)
+    norm = torch.linalg.vector_norm(x, dim=axes, keepdim=True, dtype=torch.float32)
+    norm = eps + norm * math.sqrt(norm.numel() / max(x.numel(), 1))
+    return x / norm.to(x.dtype)
+
+
+def mp_silu(x: Tensor) -> Tensor:
+    """Magnitude-preserving SiLU (EDM2 eq. 81)."""
+    return F.silu(x) / SILU_MAGNITUDE
+
+
+def mp_sum(a: Tensor, b: Tensor, t: float) -> Tensor:
+    """Magnitude-preserving mix of two tensors, with share `t` of the second (EDM2 eq. 88)."""
+    return a.lerp(b, t) / math.sqrt((1 - t) ** 2 + t**2)
+
+
+def mp_cat(a: Tensor, b: Tensor, t: float) -> Tensor:
+    """Magnitude-preserving concatenation of channels, with share `t` of the second (EDM2 eq. 103)."""
+    n_a, n_b = a.shape[1], b.shape[1]
+    scale = math.sqrt((n_a + n_b) / ((1 - t) ** 2 + t**2))
+    return torch.cat([a * (scale / math.sqrt(n_a) * (1 - t)), b * (scale / math.sqrt(n_b) * t)], dim=1)
+
+
+class MPFourier(nn.Module):
+    """Magnitude-preserving random Fourier features of a scalar: [B] to [B, channels] (EDM2 eq. 75)."""
+
+    freqs: Tensor
+    phases: Tensor
+
+    def __init__(self, channels: int, bandwidth: float = 1.0) -> None:
+        super().__init__()
+        self.register_buffer("freqs", 2 * math.pi * torch.randn(channels) * bandwidth)
+        self.register_buffer("phases", 2 * math.pi * torch.rand(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Embed c_noise [B], in float32."""
+        return (x.to(torch.float32).outer(self.freqs) + self.phases).cos() * math.sqrt(2)
+
+
+class MPConv(nn.Module):
+    """Convolution or linear map without bias whose weight rows act with unit magnitude (EDM2 eq. 47, 66).
+
+    In training mode a weight that requires gradients is normalised in place before use, so that its gradient
+    steps keep their relative size; a frozen one is left alone.
+
+    Args:
+        in_channels, out_channels: widths.
+        kernel: () for a linear map, (k, k) for a convolution.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: Sequence[int] = ()) -> None:
+        super().__init__()
+        self.out_channels = out_channels
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *kernel))
+
+    def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
+        """Map [B, in_channels, ...] to [B, out_channels, ...]."""
+        w = self.weight.to(torch.float32)
+        if self.training and self.weight.requires_grad:
+            with torch.no_grad():
+                self.weight.copy_(normalize(w))
+        w = normalize(w) * (gain / math.sqrt(w[0].numel()))
+        w = w.to(x.dtype)
+        if w.ndim == 2:
+            return F.linear(x, w)
+        return F.conv2d(x, w, padding=w.shape[-1] // 2)
+
+
+def _resample(x: Tensor, mode: str) -> Tensor:
+    """Halve by averaging, or double by repeating: the (1, 1) filter."""
+    if mode == "down":
+        return F.avg_pool2d(x, 2)
+    return F.interpolate(x, scale_factor=2, mode="nearest") if mode == "up" else x
+
+
+class Block(nn.Module):
+    """Magnitude-preserving residual block (EDM2 fig. 21).
+
+    Args:
+        in_channels, out_channels, emb_channels: widths.
+        flavor: 'enc' or 'dec'.
+        resample: 'keep', 'up' or 'down'.
+        attention: whether self-attention follows.
+        channels_per_head: attention width.
+        dropout: probability.
+        res_balance, attn_balance: share of the residual branch and of the attention in their sums.
+        clip_act: activations are clipped to [-clip_act, clip_act]; None for no clipping.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        emb_channels: int,
+        *,
+        flavor: str,
+        resample: str = "keep",
+        attention: bool = False,
+        channels_per_head: int = 64,
+        dropout: float = 0.0,
+        res_balance: float = 0.3,
+        attn_balance: float = 0.3,
+        clip_act: float | None = 256,
+    ) -> None:
+        super().__init__()
+        self.flavor, self.resample, self.dropout = flavor, resample, dropout
+        self.res_balance, self.attn_balance, self.clip_act = res_balance, attn_balance, clip_act
+        self.num_heads = out_channels // channels_per_head if attention else 0
+        self.emb_gain = nn.Parameter(torch.zeros([]))
+        res_channels = out_channels if flavor == "enc" else in_channels
+        self.conv_res0 = MPConv(res_channels, out_channels, (3, 3))
+        self.emb_linear = MPConv(emb_channels, out_channels)
+        self.conv_res1 = MPConv(out_channels, out_channels, (3, 3))
+        self.conv_skip = MPConv(in_channels, out_channels, (1, 1)) if in_channels != out_channels else None
+        if self.num_heads:
+            self.attn_qkv = MPConv(out_channels, out_channels * 3, (1, 1))
+            self.attn_proj = MPConv(out_channels, out_channels, (1, 1))
+
+    def _attend(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        # The checkpoints lay the channels out as [heads, C / heads, 3]: q, k and v are interleaved.
+        qkv = self.attn_qkv(x).reshape(batch, self.num_heads, channels // self.num_heads, 3, height * width)
+        q, k, v = normalize(qkv, dim=[2]).permute(3, 0, 1, 4, 2)  # each [B, heads, HW, C / heads]
+        a = F.scaled_dot_product_attention(q, k, v)
+        out: Tensor = self.attn_proj(a.transpose(2, 3).reshape(x.shape))
+        return out
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """Map x [B, in_channels, H, W] and emb [B, emb_channels] to [B, out_channels, H', W']."""
+        x = _resample(x, self.resample)
+        if self.flavor == "enc":
+            x = normalize(x if self.conv_skip is None else self.conv_skip(x), dim=[1])  # pixel norm
+        y = self.conv_res0(mp_silu(x))
+        c = self.emb_linear(emb, gain=self.emb_gain) + 1
+        y = mp_silu(y * c[:, :, None, None].to(y.dtype))
+        y = self.conv_res1(F.dropout(y, self.dropout, self.training))
+        if self.flavor == "dec" and self.conv_skip is not None:
+            x = self.conv_skip(x)
+        x = mp_sum(x, y, self.res_balance)
+        if self.num_heads:
+            x = mp_sum(x, self._attend(x), self.attn_balance)
+        return x if self.clip_act is None else x.clip(-self.clip_act, self.clip_act)
+
+
+class EDM2UNet(nn.Module):
+    """EDM2 network F(x, c_noise, labels): [B, C, R, R] to [B, C, R, R].
+
+    Args:
+        img_resolution: R, divisible by 2**(len(channel_mult) - 1).
+        img_channels: C.
+        label_dim: number of classes K; 0 for an unconditional network.
+        model_channels: base width.
+        channel_mult: width multiplier per resolution, highest resolution first.
+        channel_mult_noise: width of the noise embedding over the base width; None for the first level's width.
+        channel_mult_emb: width of the embedding over the base width; None for the widest level's.
+        num_blocks: residual blocks per resolution.
+        attn_resolutions: resolutions with self-attention.
+        label_balance: share of the class embedding against the noise embedding.
+        concat_balance: share of the skip connections against the main path.
+        label_dropout: share of labels zeroed in training, for classifier-free guidance.
+        channels_per_head, dropout, res_balance, attn_balance, clip_act: as in `Block`.
+    """
+
+    def __init__(
+        self,
+        img_resolution: int,
+        img_channels: int,
+        label_dim: int = 0,
+        model_channels: int = 192,
+        channel_mult: Sequence[int] = (1, 2, 3, 4),
+        channel_mult_noise: int | None = None,
+        channel_mult_emb: int | None = None,
+        num_blocks: int = 3,
+        attn_resolutions: Sequence[int] = (16, 8),
+        label_balance: float = 0.5,
+        concat_balance: float = 0.5,
+        label_dropout: float = 0.0,
+        channels_per_head: int = 64,
+        dropout: float = 0.0,
+        res_balance: float = 0.3,
+        attn_balance: float = 0.3,
+        clip_act: float | None = 256,
+    ) -> None:
+        super().__init__()
+        widths = [model_channels * mult for mult in channel_mult]
+        cnoise = model_channels * channel_mult_noise if channel_mult_noise is not None else widths[0]
+        cemb = model_channels * channel_mult_emb if channel_mult_emb is not None else max(widths)
+        self.label_dim, self.label_dropout = label_dim, label_dropout
+        self.label_balance, self.concat_balance = label_balance, concat_balance
+        self.out_gain = nn.Parameter(torch.zeros([]))
+        self.emb_fourier = MPFourier(cnoise)
+        self.emb_noise = MPConv(cnoise, cemb)
+        self.emb_label = MPConv(label_dim, cemb) if label_dim else None
+
+        def block(cin: int, cout: int, flavor: str, *, attention: bool = False, resample: str = "keep") -> Block:
+            return Block(
+                cin, cout, cemb, flavor=flavor, resample=resample, attention=attention,
+                channels_per_head=channels_per_head, dropout=dropout,
+                res_balance=res_balance, attn_balance=attn_balance, clip_act=clip_act,
+            )  # fmt: skip
+
+        self.enc = nn.ModuleDict()
+        resolutions = [img_resolution >> level for level in range(len(widths))]
+        cout = img_channels + 1  # a channel of ones stands in for the biases
+        skips = []
+        for level, (res, width) in enumerate(zip(resolutions, widths, strict=True)):
+            if level == 0:
+                self.enc[f"{res}x{res}_conv"] = MPConv(cout, width, (3, 3))
+                cout = width
+            else:
+                self.enc[f"{res}x{res}_down"] = block(cout, cout, "enc", resample="down")
+            skips.append(cout)
+            for i in range(num_blocks):
+                self.enc[f"{res}x{res}_block{i}"] = block(cout, width, "enc", attention=res in attn_resolutions)
+                cout = width
+                skips.append(cout)
+
+        self.dec = nn.ModuleDict()
+        for level, (res, width) in reversed(list(enumerate(zip(resolutions, widths, strict=True)))):
+            if level == len(widths) - 1:
+                self.dec[f"{res}x{res}_in0"] = block(cout, cout, "dec", attention=True)
+                self.dec[f"{res}x{res}_in1"] = block(cout, cout, "dec")
+            else:
+                self.dec[f"{res}x{res}_up"] = block(cout, cout, "dec", resample="up")
+            for i in range(num_blocks + 1):
+                cin = cout + skips.pop()
+                self.dec[f"{res}x{res}_block{i}"] = block(cin, width, "dec", attention=res in attn_resolutions)
+                cout = width
+        self.out_conv = MPConv(cout, img_channels, (3, 3))
+
+    def embed(self, c_noise: Tensor, labels: Tensor | None) -> Tensor:
+        """Embed c_noise [B] and labels [B, K] into [B, emb_channels]."""
+        emb: Tensor = self.emb_noise(self.emb_fourier(c_noise))
+        if self.emb_label is not None and labels is not None:
+            labels = drop_labels(labels, self.label_dropout, self.training) * math.sqrt(self.label_dim)
+            emb = mp_sum(emb, self.emb_label(labels), self.label_balance)
+        return mp_silu(emb)
+
+    def encode(
+        self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None, augment_labels: Tensor | None = None
+    ) -> Encoded:
+        """Run the embedding and the encoder; arguments as in `forward`."""
+        emb = self.embed(c_noise, labels)
+        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+        skips = []
+        for layer in self.enc.values():
+            x = layer(x, emb) if isinstance(layer, Block) else layer(x)
+            skips.append(x)
+        return Encoded(x, tuple(skips), emb)
+
+    def decode(self, encoded: Encoded) -> Tensor:
+        """Run the decoder on what `encode` returned."""
+        x, skips = encoded.x, list(encoded.skips)
+        for name, layer in self.dec.items():
+            if "block" in name:
+                x = mp_cat(x, skips.pop(), self.concat_balance)
+            x = layer(x, encoded.emb)
+        out: Tensor = self.out_conv(x, gain=self.out_gain)
+        return out
+
+    def forward(
+        self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None, augment_labels: Tensor | None = None
+    ) -> Tensor:
+        """Evaluate the raw network; x [B, C, R, R], c_noise [B], labels [B, K]; EDM2 has no augmentation."""
+        return self.decode(self.encode(x, c_noise, labels, augment_labels))

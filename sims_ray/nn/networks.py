@@ -1,0 +1,56 @@
+"""Networks from the settings in a checkpoint card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from sims_ray.nn.adm_unet import DhariwalUNet
+from sims_ray.nn.edm2_unet import EDM2UNet
+from sims_ray.nn.precond import EDM2Precond, EDMPrecond, Precond
+from sims_ray.nn.song_unet import SongUNet
+
+ARCHITECTURES = ("song_unet", "adm_unet", "edm2_unet")
+
+
+def build_network(settings: Mapping[str, Any]) -> Precond:
+    """Build the denoiser that `settings` (the `network` entry of a checkpoint card) describes.
+
+    Keys: `architecture` (one of `ARCHITECTURES`), `sigma_data`, for EDM2 `logvar_channels`, and the arguments of
+    `SongUNet`, `DhariwalUNet` or `EDM2UNet`.
+
+    Raises:
+        ValueError: an unknown architecture.
+        TypeError: an argument that the architecture does not have.
+    """
+    options = dict(settings)
+    architecture = options.pop("architecture", "song_unet")
+    sigma_data = options.pop("sigma_data", 0.5)
+    if architecture == "edm2_unet":
+        logvar_channels = options.pop("logvar_channels", 128)
+        return EDM2Precond(EDM2UNet(**options), sigma_data, logvar_channels)
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"architecture {architecture!r} is unknown; choose one of {', '.join(ARCHITECTURES)}")
+    network = SongUNet if architecture == "song_unet" else DhariwalUNet
+    return EDMPrecond(network(**options), options.get("label_dim", 0), sigma_data)
+
+
+def describe_network(settings: Mapping[str, Any]) -> nn.Module:
+    """The network of `settings` without memory for its weights, to look at names, shapes and counts."""
+    with torch.device("meta"):
+        return build_network(settings)
+
+
+def num_parameters(net: nn.Module) -> int:
+    """Learned values of a network; buffers do not count."""
+    return sum(parameter.numel() for parameter in net.parameters())
+
+
+def decoder_parameters(net: Precond) -> set[str]:
+    """Names of the parameters after the last encoder layer: those that train when the encoder is shared."""
+    prefix = "unet." if isinstance(net, EDM2Precond) else "model."
+    halves = (f"{prefix}dec.", f"{prefix}out_")
+    return {name for name, _ in net.named_parameters() if name.startswith(halves)}
