@@ -1,13 +1,14 @@
 """The sample table: real and synthetic images in one Parquet schema that plain pyarrow can read.
 
 Columns: `id` int64 (synthetic: the seed; real: index in the source), `image` fixed-shape tensor
-uint8 [C, H, W], `label` int32 (-1: none). A table is a folder of Parquet files plus `manifest.json`.
+uint8 [C, H, W], `label` int32 (-1: none), and optionally `weight` float32, the image's weight in training.
+A table is a folder of Parquet files plus `manifest.json`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,13 @@ class Samples:
         ids: int64 [N].
         images: uint8 [N, C, H, W].
         labels: int32 [N], -1 for none.
+        weights: float32 [N], weights of the images in training; None for equal ones.
     """
 
     ids: NDArray[np.int64]
     images: NDArray[np.uint8]
     labels: NDArray[np.int32]
+    weights: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -49,13 +52,14 @@ def write_samples(path: Path, samples: Samples, metadata: Mapping[str, Any]) -> 
     shape = samples.images.shape[1:]
     tensor_type = pa.fixed_shape_tensor(pa.uint8(), shape)
     flat = pa.FixedSizeListArray.from_arrays(pa.array(samples.images.reshape(-1)), int(np.prod(shape)))
-    table = pa.table(
-        {
-            "id": pa.array(samples.ids, pa.int64()),
-            "image": pa.ExtensionArray.from_storage(tensor_type, flat),
-            "label": pa.array(samples.labels, pa.int32()),
-        }
-    )
+    columns = {
+        "id": pa.array(samples.ids, pa.int64()),
+        "image": pa.ExtensionArray.from_storage(tensor_type, flat),
+        "label": pa.array(samples.labels, pa.int32()),
+    }
+    if samples.weights is not None:
+        columns["weight"] = pa.array(samples.weights, pa.float32())
+    table = pa.table(columns)
     facts = json.dumps({"schema_version": SCHEMA_VERSION, **metadata}, sort_keys=True)
     table = table.replace_schema_metadata({METADATA_KEY: facts.encode()})
     rows = max(1, ROW_GROUP_BYTES // int(np.prod(shape)))
@@ -74,7 +78,8 @@ def read_samples(path: Path) -> Samples:
         image_type = table.schema.field("image").type
         shape = tuple(image_type.shape)
         images = table["image"].combine_chunks().storage.flatten().to_numpy().reshape(-1, *shape)
-        return Samples(table["id"].to_numpy(), images, table["label"].to_numpy())
+        weights = table["weight"].to_numpy() if "weight" in table.column_names else None
+        return Samples(table["id"].to_numpy(), images, table["label"].to_numpy(), weights)
     except (pa.ArrowException, KeyError, AttributeError, OSError) as error:
         reason = " ".join(str(error).split())
         raise SimsError(
@@ -147,7 +152,16 @@ class SampleTable:
             np.concatenate([p.ids for p in parts])[:n],
             np.concatenate([p.images for p in parts])[:n],
             np.concatenate([p.labels for p in parts])[:n],
+            _weights(parts, n),
         )
+
+
+def _weights(parts: Sequence[Samples], n: int) -> NDArray[np.float32] | None:
+    """The weights of the first `n` rows; files without any count as 1."""
+    if all(part.weights is None for part in parts):
+        return None
+    filled = [np.ones(len(p), np.float32) if p.weights is None else p.weights for p in parts]
+    return np.concatenate(filled)[:n]
 
 
 def table_result(shape: tuple[int, ...], labels: NDArray[np.int32], rows: int) -> dict[str, Any]:

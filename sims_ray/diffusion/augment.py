@@ -1,4 +1,4 @@
-"""EDM's non-leaking augmentation: geometric transformations that the network is told about (arXiv 2206.00364, App. F.2).
+"""EDM's non-leaking augmentation: transformations that the network is told about (arXiv 2206.00364, App. F.2).
 
 A network that gets the transformation as a label, and the zero label when it samples, does not draw transformed images.
 """

@@ -22,8 +22,10 @@ class SeedStreams:
 
     def randn(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
         """Standard normal noise [B, *shape]."""
-        draws = [torch.randn(*shape, generator=g, dtype=dtype) for g in self._generators]
-        return torch.stack(draws).to(device)
+        noise = torch.stack([torch.randn(*shape, generator=g, dtype=dtype) for g in self._generators])
+        if torch.device(device).type == "cuda":
+            return noise.pin_memory().to(device, non_blocking=True)  # from pageable memory the copy would wait
+        return noise.to(device)
 
     def randint(self, high: int) -> Tensor:
         """One integer in [0, high) per image: int64 [B]."""

@@ -1,6 +1,6 @@
 """One training run: its state, and a step that any number of workers compute alike.
 
-Progress is counted in images seen. The noise of a step is drawn for the whole global batch from
+Progress is counted in images seen. Noise and augmentation of a step are drawn for the whole global batch from
 (seed, nimg) and sliced, so the number of workers never enters the mathematics. Dropout masks are the
 exception: each worker draws those of its own slice.
 """
@@ -15,14 +15,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sims_ray.diffusion.loss import draw_noise, edm_loss
+from sims_ray.diffusion.augment import AUGMENT_DIM, augment, draw_augmentation
+from sims_ray.diffusion.loss import DenoisingLoss, draw_noise
 from sims_ray.diffusion.noise import epoch_order, step_generator
-from sims_ray.nn.ema import ema_beta, update_ema
+from sims_ray.nn.ema import ema_beta, power_beta, update_ema
+from sims_ray.nn.networks import decoder_parameters
 from sims_ray.nn.precond import Precond
 
-ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 1e-8
-GRADIENT_LIMIT = 1e5  # infinite gradients become this large, NaN becomes zero (EDM, App. F.2)
+EMA = "ema"
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,13 @@ class Optimization:
         ema_rampup_ratio: half-life over images seen while training is young; None for none.
         P_mean, P_std: ln sigma ~ N(P_mean, P_std^2).
         seed: seed of data order and noise.
+        lr_decay_nimg: images after which the learning rate falls as 1 / sqrt(images); 0 for never.
+        adam_betas: decay of Adam's moments.
+        ema_stds: relative widths of power-function averages, which then take the place of the half-life.
+        gradient_limit: infinite gradients become this large, NaN becomes zero (EDM: 1e5; EDM2: 0).
+        loss_scale: factor of the loss, against underflow in float16; Adam does not depend on it.
+        augment: probability of each of EDM's augmentations; 0 for none.
+        trainable: 'all', or 'decoder' for an auxiliary that shares the base's encoder.
     """
 
     batch_size: int
@@ -47,22 +55,44 @@ class Optimization:
     P_mean: float
     P_std: float
     seed: int
+    lr_decay_nimg: float = 0
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    ema_stds: tuple[float, ...] = ()
+    gradient_limit: float = 1e5
+    loss_scale: float = 1.0
+    augment: float = 0.0
+    trainable: str = "all"
 
     def learning_rate(self, nimg: int) -> float:
-        """Learning rate of the step that starts at `nimg` images seen."""
-        return self.lr * min(nimg / max(self.lr_rampup_nimg, 1e-8), 1.0) if self.lr_rampup_nimg else self.lr
+        """Learning rate of the step that starts at `nimg` images seen (EDM2, arXiv 2312.02696, eq. 67)."""
+        lr = self.lr
+        if self.lr_decay_nimg:
+            lr /= max(nimg / self.lr_decay_nimg, 1) ** 0.5
+        return lr * min(nimg / self.lr_rampup_nimg, 1) if self.lr_rampup_nimg else lr
+
+    @property
+    def averages(self) -> dict[str, float | None]:
+        """The weight averages by name, with their relative width; None for the one with a half-life."""
+        return {f"{EMA}-{std:.3f}": std for std in self.ema_stds} or {EMA: None}
+
+    def ema_decay(self, std: float | None, nimg: int) -> float:
+        """Decay of one average in the step that starts at `nimg` images seen."""
+        if std is not None:
+            return power_beta(std, nimg + self.batch_size, self.batch_size)
+        return ema_beta(nimg, self.batch_size, self.ema_halflife_nimg, self.ema_rampup_ratio)
 
 
 class Training:
-    """Network, EMA, Adam and image count of one run.
+    """Network, weight averages, Adam and image count of one run.
 
     Args:
         net: network to train, on `device`, the same on every worker.
         settings: what a step depends on.
         images: the whole training set, uint8 [N, C, H, W], on the host.
         labels: one-hot labels [N, K], or None for unconditional training.
+        weights: weight of each image in the loss [N], in any scale; None for equal ones.
         rank, world_size: this worker's slice of the global batch.
-        wrap: turns the network into the one whose backward pass averages gradients (DDP).
+        wrap: turns the module that computes the loss into one whose backward pass averages gradients (DDP).
     """
 
     def __init__(
@@ -73,6 +103,7 @@ class Training:
         labels: Tensor | None,
         *,
         device: torch.device,
+        weights: Tensor | None = None,
         rank: int = 0,
         world_size: int = 1,
         wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
@@ -81,17 +112,25 @@ class Training:
             raise ValueError(f"batch_size {settings.batch_size} does not divide by {world_size} workers; change either")
         self.net, self.settings, self.device = net, settings, device
         self._images, self._labels = images, labels
+        self._weights = None if weights is None else weights / weights.mean()
         self._world_size = world_size
         self._rank = rank
         per_worker = settings.batch_size // world_size
         self._slice = slice(rank * per_worker, (rank + 1) * per_worker)
-        self.ema = copy.deepcopy(net).eval().requires_grad_(False)
-        self.optimizer = torch.optim.Adam(net.parameters(), lr=settings.lr, betas=ADAM_BETAS, eps=ADAM_EPS, fused=True)
-        self._parameters = list(net.parameters())
+        self.averages = {name: copy.deepcopy(net).eval().requires_grad_(False) for name in settings.averages}
+        self._parameters = _trainable(net, settings.trainable)
+        self.optimizer = torch.optim.Adam(
+            self._parameters, lr=settings.lr, betas=settings.adam_betas, eps=ADAM_EPS, fused=True
+        )
         self.nimg = 0
-        self._forward = wrap(net.train())
+        self._loss = wrap(DenoisingLoss(net.train()))
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self._loss_nimg = 0
+
+    @property
+    def ema(self) -> Precond:
+        """The weight average; of several the first."""
+        return next(iter(self.averages.values()))
 
     def step(self) -> None:
         """Train on the next global batch; nothing here waits for the device."""
@@ -99,25 +138,38 @@ class Training:
         rows = epoch_order(s.seed, self.nimg, s.batch_size, len(self._images))[self._slice]
         images = self._images[rows].to(self.device).to(torch.float32) / 127.5 - 1
         labels = None if self._labels is None else self._labels[rows].to(self.device)
-        draws = draw_noise(
-            step_generator(s.seed, self.nimg, "noise"), s.batch_size, tuple(images.shape[1:]), s.P_mean, s.P_std
-        )
+        images, augment_labels = self._augment(images)
+        draws = draw_noise(self._generator("noise"), s.batch_size, tuple(images.shape[1:]), s.P_mean, s.P_std)
         sigma, noise = (draw[self._slice].to(self.device) for draw in draws)
-        torch.manual_seed(step_generator(s.seed, self.nimg, f"dropout{self._rank}").initial_seed())
+        torch.manual_seed(self._generator(f"dropout{self._rank}").initial_seed())
 
-        losses = edm_loss(self._forward, images, sigma, noise, labels, self.net.sigma_data)
+        losses = self._loss(images, sigma, noise, labels, augment_labels)
+        if self._weights is not None:
+            losses = losses * self._weights[rows].to(self.device)
         self.optimizer.zero_grad(set_to_none=True)
-        losses.mean().backward()  # type: ignore[no-untyped-call]
+        (losses.mean() * s.loss_scale).backward()
         self._apply_gradients()
-        update_ema(self.ema, self.net, ema_beta(self.nimg, s.batch_size, s.ema_halflife_nimg, s.ema_rampup_ratio))
+        for std, average in zip(s.averages.values(), self.averages.values(), strict=True):
+            update_ema(average, self.net, s.ema_decay(std, self.nimg))
         self.nimg += s.batch_size
         self._loss_sum += losses.detach().sum()
         self._loss_nimg += s.batch_size
 
+    def _generator(self, stream: str) -> torch.Generator:
+        return step_generator(self.settings.seed, self.nimg, stream)
+
+    def _augment(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        if not self.settings.augment:  # a network that is told augmentations is told that there are none
+            told = getattr(self.net.network, "map_augment", None) is not None
+            return images, torch.zeros(len(images), AUGMENT_DIM, device=self.device) if told else None
+        a = draw_augmentation(self._generator("augment"), self.settings.batch_size, self.settings.augment)
+        return augment(images, a[self._slice].to(self.device))
+
     def _apply_gradients(self) -> None:
+        limit = self.settings.gradient_limit
         for parameter in self._parameters:
             if parameter.grad is not None:
-                torch.nan_to_num(parameter.grad, 0.0, GRADIENT_LIMIT, -GRADIENT_LIMIT, out=parameter.grad)
+                torch.nan_to_num(parameter.grad, 0.0, limit, -limit, out=parameter.grad)
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate(self.nimg)
         self.optimizer.step()
@@ -146,7 +198,8 @@ class Training:
     def state(self) -> dict[str, Tensor]:
         """Everything a later process needs to go on, as named tensors."""
         tensors = {f"net.{k}": v for k, v in self.net.state_dict().items()}
-        tensors |= {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
+        for average, ema in self.averages.items():
+            tensors |= {f"{average}.{k}": v for k, v in ema.state_dict().items()}
         for name, parameter in self.net.named_parameters():
             tensors |= {f"adam.{name}.{k}": v for k, v in self.optimizer.state.get(parameter, {}).items()}
         return tensors
@@ -154,8 +207,11 @@ class Training:
     def load_state(self, tensors: dict[str, Tensor], nimg: int) -> None:
         """Go on from what `state` returned at `nimg` images seen."""
         self.net.load_state_dict(_with_prefix(tensors, "net."))
-        self.ema.load_state_dict(_with_prefix(tensors, "ema."))
+        for average, ema in self.averages.items():
+            ema.load_state_dict(_with_prefix(tensors, f"{average}."))
         for name, parameter in self.net.named_parameters():
+            if not parameter.requires_grad:
+                continue
             moments = _with_prefix(tensors, f"adam.{name}.")
             self.optimizer.state[parameter] = {k: v.to(self.device, copy=True) for k, v in moments.items()}
         self.nimg = nimg
@@ -163,3 +219,13 @@ class Training:
 
 def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _trainable(net: Precond, which: str) -> list[nn.Parameter]:
+    """Freeze what is not to train; returns the rest."""
+    if which not in ("all", "decoder"):
+        raise ValueError(f"trainable={which!r} is unknown; choose 'all' or 'decoder'")
+    decoder = decoder_parameters(net)
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(which == "all" or name in decoder or name.startswith("logvar_"))
+    return [parameter for parameter in net.parameters() if parameter.requires_grad]

@@ -58,10 +58,10 @@ class Moments:
             raise ValueError(f"a covariance needs at least 2 feature vectors, found {self.n}; evaluate more images")
         return self.scatter / (self.n - 1)
 
-    def save(self, path: Path) -> None:
-        """Write to an uncompressed `.npz` with arrays `n`, `mean`, `scatter`."""
+    def save(self, path: Path, **facts: float) -> None:
+        """Write to an uncompressed `.npz` with arrays `n`, `mean`, `scatter`, and further facts by name."""
         with path.open("wb") as file:
-            np.savez(file, n=np.int64(self.n), mean=self.mean, scatter=self.scatter)
+            np.savez(file, n=np.int64(self.n), mean=self.mean, scatter=self.scatter, **facts)  # type: ignore[arg-type]
 
     @classmethod
     def load(cls, path: Path) -> Moments:

@@ -24,7 +24,6 @@ from sims_ray.nn.layers import (
 )
 
 EPS = 1e-5
-CHANNELS_PER_HEAD = 64
 THIRD = math.sqrt(1 / 3)
 
 
@@ -43,6 +42,7 @@ class DhariwalUNet(nn.Module):
         attn_resolutions: resolutions with self-attention.
         dropout: dropout probability inside the residual blocks.
         label_dropout: share of labels zeroed in training, for classifier-free guidance.
+        channels_per_head: attention width.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class DhariwalUNet(nn.Module):
         attn_resolutions: Sequence[int] = (32, 16, 8),
         dropout: float = 0.10,
         label_dropout: float = 0.0,
+        channels_per_head: int = 64,
     ) -> None:
         super().__init__()
         self.label_dropout = label_dropout
@@ -69,7 +70,7 @@ class DhariwalUNet(nn.Module):
         self.map_layer1 = Linear(emb_channels, emb_channels, init=init)
         label_init = Init("kaiming_normal", math.sqrt(label_dim))
         self.map_label = Linear(label_dim, emb_channels, bias=False, init=label_init) if label_dim else None
-        style = BlockStyle(dropout, EPS, 1.0, True, CHANNELS_PER_HEAD, False, (1, 1), init, ZERO, init)
+        style = BlockStyle(dropout, EPS, 1.0, True, channels_per_head, False, (1, 1), init, ZERO, init)
 
         def block(cin: int, cout: int, *, attention: bool = False, **resample: bool) -> UNetBlock:
             return UNetBlock(cin, cout, emb_channels, style, attention=attention, **resample)

@@ -25,7 +25,8 @@ def normalize(x: Tensor, dim: Sequence[int] | None = None, eps: float = NORM_EPS
     axes = list(range(1, x.ndim)) if dim is None else list(dim)
     norm = torch.linalg.vector_norm(x, dim=axes, keepdim=True, dtype=torch.float32)
     norm = eps + norm * math.sqrt(norm.numel() / max(x.numel(), 1))
-    return x / norm.to(x.dtype)
+    unit: Tensor = x / norm.to(x.dtype)
+    return unit
 
 
 def mp_silu(x: Tensor) -> Tensor:

@@ -14,9 +14,7 @@ from sims_ray.nn.layers import Encoded
 class RawNetwork(Protocol):
     """F(x, c_noise, labels, augment_labels), in two halves: the decoder on what the encoder returns."""
 
-    def __call__(
-        self, x: Tensor, c_noise: Tensor, labels: Tensor | None, augment_labels: Tensor | None, /
-    ) -> Tensor:
+    def __call__(self, x: Tensor, c_noise: Tensor, labels: Tensor | None, augment_labels: Tensor | None, /) -> Tensor:
         """Evaluate the raw network."""
         ...
 
@@ -88,6 +86,11 @@ class Precond(nn.Module):
     def decode(self, features: Features) -> Tensor:
         """The second half of `forward`, on features that may come from another network's encoder."""
         return _finish(features.inputs, self.network.decode(features.encoded))
+
+    def compile_network(self) -> None:
+        """Compile the raw network and its halves on their next use, one graph per batch size."""
+        for method in ("forward", "encode", "decode"):
+            setattr(self.network, method, torch.compile(getattr(self.network, method), dynamic=False))
 
     def _inputs(self, x: Tensor, sigma: Tensor, labels: Tensor | None) -> _Inputs:
         x = x.to(torch.float32)

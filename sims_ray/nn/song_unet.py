@@ -26,12 +26,6 @@ from sims_ray.nn.layers import (
 
 EPS = 1e-6
 NEAR_ZERO = Init(weight=1e-5)
-NCSNPP = {
-    "embedding_type": "fourier",
-    "encoder_type": "residual",
-    "channel_mult_noise": 2,
-    "resample_filter": (1, 3, 3, 1),
-}
 CHOICES = {
     "embedding_type": ("positional", "fourier"),
     "encoder_type": ("standard", "skip", "residual"),

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sims_ray.config import ComputeSettings
 from sims_ray.errors import SimsError
 from sims_ray.metrics.frechet import frechet_distance
@@ -100,7 +102,13 @@ def _commit(evaluation: Evaluation) -> None:
     with atomic_path(evaluation.artifact.path / MOMENTS) as beside:
         moments.save(beside)
     distance = frechet_distance(moments, load_reference(evaluation.features))
-    facts = {"metric": evaluation.metric, "distance": distance, "nimg": moments.n}
+    facts = {"metric": evaluation.metric, "distance": distance, "nimg": moments.n, "nfe": _nfe(parts[0])}
     evaluation.artifact.commit({MOMENTS: {}}, facts)
     for path in evaluation.artifact.path.glob("part-*.npz"):
         path.unlink(missing_ok=True)
+
+
+def _nfe(part: Path) -> float:
+    """Network evaluations per image, as the sampler counted them."""
+    with np.load(part, allow_pickle=False) as arrays:
+        return float(arrays["nfe"])

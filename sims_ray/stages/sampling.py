@@ -7,7 +7,7 @@ there is not sampled again, whoever made it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,10 +15,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from sims_ray.config import ComputeSettings
 from sims_ray.data.table import NO_LABEL, Samples, write_samples
-from sims_ray.diffusion.generate import generate
+from sims_ray.diffusion.generate import Batch, generate
 from sims_ray.metrics.features import FeatureExtractor, images_moments
 from sims_ray.stages.cluster import as_sentence, start_ray
 from sims_ray.stages.features import load_extractor
@@ -69,6 +70,7 @@ class SeedRangeWorker:
         self._threads = max(1, int(compute.cpus_per_worker)) if compute.num_workers else None
         self._batch_size = compute.sampling_batch
         self._device = "cuda" if compute.gpus_per_worker else "cpu"
+        self._precision, self._compile = compute.precision, compute.compile
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Ray Data's calling convention around `run`."""
@@ -80,7 +82,7 @@ class SeedRangeWorker:
         """Leave the file of one range, atomically."""
         if self._threads:
             torch.set_num_threads(self._threads)  # holds for the calling thread only, and Tune calls from many
-        denoiser, card = work.model.load(self._device)
+        denoiser, card = work.model.load(self._device, self._precision, self._compile)
         network = card["network"]
         shape = (network["img_channels"], network["img_resolution"], network["img_resolution"])
         batches = generate(
@@ -93,19 +95,31 @@ class SeedRangeWorker:
             device=self._device,
         )
         if work.sink == "moments":
-            moments = images_moments(_extractor(str(work.features)), (images for _, images, _ in batches))
+            nfe: list[float] = []
+            moments = images_moments(_extractor(str(work.features)), _images(batches, nfe))
             with atomic_path(Path(work.path)) as beside:
-                moments.save(beside)
+                moments.save(beside, nfe=nfe[0])
             return
         parts = list(batches)
         samples = Samples(
             np.arange(work.start, work.stop, dtype=np.int64),
-            torch.cat([images for _, images, _ in parts]).numpy(),
-            np.concatenate([np.full(len(s), NO_LABEL) if c is None else c.numpy() for s, _, c in parts]).astype(
-                np.int32
-            ),
+            torch.cat([part.images for part in parts]).numpy(),
+            np.concatenate([_labels(part) for part in parts]),
         )
-        write_samples(Path(work.path), samples, work.metadata or {})
+        write_samples(Path(work.path), samples, {**(work.metadata or {}), "nfe": parts[0].nfe})
+
+
+def _images(batches: Iterable[Batch], nfe: list[float]) -> Iterator[torch.Tensor]:
+    """The images of each batch; notes its network evaluations per image on the way."""
+    for batch in batches:
+        nfe.append(batch.nfe)
+        yield batch.images
+
+
+def _labels(batch: Batch) -> NDArray[np.int32]:
+    if batch.classes is None:
+        return np.full(len(batch.seeds), NO_LABEL, dtype=np.int32)
+    return batch.classes.numpy().astype(np.int32)
 
 
 @lru_cache(maxsize=2)

@@ -12,6 +12,7 @@ from sims_ray.stages.cluster import as_sentence, own_interrupts, ray_folder, sta
 from sims_ray.stages.progress import Progress
 from sims_ray.stages.train_loop import FAILURE, KIMG, METRICS, TrainJob, read_metrics, snapshot_name, train_loop
 from sims_ray.storage.checkpoints import newest_nimg
+from sims_ray.storage.posthoc import PATTERN
 
 POLL_S = 0.5
 
@@ -31,8 +32,9 @@ def train(job: TrainJob, compute: ComputeSettings, on_metrics: Callable[[dict[st
         _fit(job, compute)
     losses = read_metrics(job.artifact.path)
     snapshots = {f"{b:g}": snapshot_name(b) for b in job.budgets_kimg}
+    averages = sorted(path.name for path in job.artifact.path.glob(PATTERN))
     job.artifact.commit(
-        {name: {} for name in [*snapshots.values(), METRICS]},
+        {name: {} for name in [*snapshots.values(), *averages, METRICS]},
         {"snapshots": snapshots, "nimg": losses[-1]["nimg"], "loss": losses[-1]["loss"]},
     )
     for state in job.artifact.path.glob("state-*.safetensors"):

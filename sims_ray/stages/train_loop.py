@@ -13,18 +13,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from sims_ray.config import OptimizerSettings
+from sims_ray.config import FinetuneSettings, OptimizerSettings
 from sims_ray.data.table import SampleTable
 from sims_ray.diffusion.noise import step_generator
 from sims_ray.diffusion.training import Optimization, Training
 from sims_ray.errors import SimsError
 from sims_ray.nn.networks import build_network
 from sims_ray.storage.artifacts import Artifact
-from sims_ray.storage.checkpoints import load_model, newest_state, save_model, save_tensors, state_path
+from sims_ray.storage.checkpoints import load_model, newest_state, read_card, save_model, save_tensors, state_path
+from sims_ray.storage.posthoc import PATTERN, power_ema, reconstruct, save_average
 
 METRICS = "metrics.jsonl"
 FAILURE = "failure.txt"
 KIMG = 1000
+ADAM_BETA1 = 0.9
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class TrainJob:
         table: sample table to train on.
         num_rows: rows of it to use, from the first; None for all.
         init: checkpoint whose weights to start from; None for fresh weights.
+        precision: dtype of the network on a GPU.
     """
 
     role: str
@@ -50,6 +53,7 @@ class TrainJob:
     table: Path
     num_rows: int | None = None
     init: Path | None = None
+    precision: str = "float32"
 
     def optimization(self) -> Optimization:
         """The step's settings, counts in images."""
@@ -63,7 +67,19 @@ class TrainJob:
             P_mean=s.P_mean,
             P_std=s.P_std,
             seed=s.seed,
+            lr_decay_nimg=s.lr_decay_kimg * KIMG,
+            adam_betas=(ADAM_BETA1, s.adam_beta2),
+            ema_stds=s.ema_stds,
+            gradient_limit=s.gradient_limit,
+            loss_scale=s.loss_scale,
+            augment=s.augment,
+            trainable=self.trainable,
         )
+
+    @property
+    def trainable(self) -> str:
+        """Which parameters train: 'all' or 'decoder'."""
+        return self.settings.trainable if isinstance(self.settings, FinetuneSettings) else "all"
 
 
 def snapshot_name(budget_kimg: float) -> str:
@@ -101,18 +117,18 @@ def _train(job: TrainJob, config: dict[str, Any]) -> None:
     training.check_same_start()
     log = _Log(job, training.nimg) if rank == 0 else None
     end_nimg = job.budgets_kimg[-1] * KIMG
-    crossed = _crossings(training.nimg)
+    crossed, s = _crossings(training.nimg), job.settings
     while training.nimg < end_nimg:
         training.step()
         done = training.nimg >= end_nimg
-        checkpoint = crossed(training.nimg, "checkpoint", job.settings.checkpoint_kimg)
-        if crossed(training.nimg, "log", job.settings.log_kimg) or checkpoint or done:
+        checkpoint = crossed(training.nimg, "checkpoint", s.checkpoint_kimg)
+        if crossed(training.nimg, "log", s.log_kimg) or checkpoint or done:
             loss = training.pop_loss()
             _check_loss(job, training.nimg, loss)
             if log is not None:
                 log.write(training.nimg, loss)
         if rank == 0:
-            _save(job, training, checkpoint and not done)
+            _save(job, training, checkpoint and not done, crossed(training.nimg, "average", s.ema_snapshot_kimg))
         if checkpoint or done:  # a barrier: no worker runs ahead of a checkpoint
             ray.train.report({"nimg": training.nimg, "loss": loss})
 
@@ -133,12 +149,14 @@ def _build(
         labels = F.one_hot(torch.from_numpy(samples.labels.astype("int64")), label_dim).float()
     torch.manual_seed(step_generator(job.settings.seed, 0, "weights").initial_seed())
     net = build_network(job.network) if job.init is None else load_model(job.init)[0].requires_grad_(True)
+    net.precision = getattr(torch, job.precision) if device.type == "cuda" else torch.float32
     return Training(
         net.to(device),
         job.optimization(),
         images,
         labels,
         device=device,
+        weights=None if samples.weights is None else torch.from_numpy(samples.weights.copy()),
         rank=rank,
         world_size=world_size,
         wrap=wrap if world_size > 1 else lambda module: module,
@@ -153,12 +171,22 @@ def _check_loss(job: TrainJob, nimg: int, loss: float) -> None:
         )
 
 
-def _save(job: TrainJob, training: Training, checkpoint: bool) -> None:
-    """Leave the snapshots whose budget the last step crossed, and a resumable state if one is due."""
+def _save(job: TrainJob, training: Training, checkpoint: bool, average: bool) -> None:
+    """Leave the snapshots whose budget the last step crossed, and the averages and resumable state that are due."""
     before = training.nimg - training.settings.batch_size
-    for budget in job.budgets_kimg:
-        if before < budget * KIMG <= training.nimg:
-            save_model(job.artifact.path / snapshot_name(budget), training.ema, _card(job, training.nimg))
+    crossed = [budget for budget in job.budgets_kimg if before < budget * KIMG <= training.nimg]
+    stds = [std for std in training.settings.averages.values() if std is not None]
+    if average or crossed:
+        for std, net in zip(stds, training.averages.values(), strict=False):
+            save_average(job.artifact.path, training.nimg, std, net.state_dict(), _card(job, training.nimg))
+    for budget in crossed:
+        path = job.artifact.path / snapshot_name(budget)
+        if stds:
+            paths = list(job.artifact.path.glob(PATTERN))
+            tensors, _ = reconstruct(paths, job.settings.ema_std, training.nimg)
+            save_tensors(path, tensors, {**_card(job, training.nimg), "ema": power_ema(job.settings.ema_std)})
+        else:
+            save_model(path, training.ema, _card(job, training.nimg))
     if checkpoint:
         older = sorted(job.artifact.path.glob("state-*.safetensors"))[:-1]
         card = {"role": "training state", "nimg": training.nimg, "of": job.artifact.fingerprint}
@@ -168,16 +196,26 @@ def _save(job: TrainJob, training: Training, checkpoint: bool) -> None:
 
 
 def _card(job: TrainJob, nimg: int) -> dict[str, Any]:
+    settings = job.settings
     return {
         "role": job.role,
-        "architecture": "ddpmpp",
         "network": dict(job.network),
+        "precision": job.precision,
         "nimg": nimg,
+        "ema": {"kind": "halflife", "kimg": settings.ema_halflife_kimg, "rampup_ratio": settings.ema_rampup_ratio},
         "optimization": asdict(job.optimization()),
+        "trainable": job.trainable,
         "training": job.artifact.fingerprint,
         "parents": list(job.artifact.parents),
         "data": SampleTable(job.table).fingerprint,
+        **_licence(job.init),
     }
+
+
+def _licence(init: Path | None) -> dict[str, str]:
+    """What a model was fine-tuned from hands on its licence."""
+    licence = read_card(init).get("licence") if init else None
+    return {"licence": licence} if licence else {}
 
 
 def _crossings(start_nimg: int) -> Callable[[int, str, float], bool]:

@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -130,6 +131,13 @@ class Artifact:
                 "versions": {name: _version(name) for name in VERSIONED},
             },
         )
+
+
+def adopt(source: Path, artifact: Artifact, name: str) -> None:
+    """Commit a copy of the user's own file as an artifact with one file, `name`."""
+    with atomic_path(artifact.path / name) as beside:
+        shutil.copyfile(source, beside)
+    artifact.commit({name: {}}, {"source": source.name})
 
 
 class Store:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,33 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         SimsError: the file is missing, torn, or has no card.
     """
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, _card_of(file)  # noqa: SIM118
+
+
+def read_card(path: Path) -> dict[str, Any]:
+    """Read the card of a file, without its tensors.
+
+    Raises:
+        SimsError: as `load_tensors`.
+    """
+    with _opened(path) as file:
+        return _card_of(file)
+
+
+def _card_of(file: Any) -> dict[str, Any]:
+    card = json.loads((file.metadata() or {})[CARD])
+    if not isinstance(card, dict):
+        raise KeyError("its card is not an object")
+    return card
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file; what goes wrong with it becomes one sentence."""
     try:
         with safe_open(path, framework="pt") as file:
-            card = json.loads((file.metadata() or {})[CARD])
-            if not isinstance(card, dict):
-                raise KeyError("its card is not an object")
-            return {name: file.get_tensor(name) for name in file.keys()}, card  # noqa: SIM118
+            yield file
     except FileNotFoundError:
         raise SimsError(f"no checkpoint at {path}; give the path of a .safetensors file that sims_ray wrote") from None
     except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
@@ -66,7 +88,7 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[Precond,
     try:
         net = build_network(card["network"])
         net.load_state_dict(tensors)
-    except (RuntimeError, KeyError, TypeError) as error:
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise SimsError(f"{path} does not fit the network of its own card ({reason}); make it again") from None
     return net.eval().requires_grad_(False).to(device), card

@@ -2,63 +2,98 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from sims_ray.diffusion.guidance import sims_guidance
-from sims_ray.diffusion.sampler import Denoiser
+import torch
+
+from sims_ray.diffusion.evaluations import Denoiser
+from sims_ray.diffusion.guidance import guidance_interval, shared_encoder_guidance, sims_guidance
 from sims_ray.errors import SimsError
 from sims_ray.nn.precond import Precond
 from sims_ray.storage.checkpoints import load_model
 
 CACHED_MODELS = 4
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
 class SimsModel:
-    """A base checkpoint, an auxiliary one and the guidance strength between them.
+    """A base checkpoint, an auxiliary one and the guidance between them.
+
+    An auxiliary whose card says that its decoder alone was fine-tuned shares the base's encoder.
 
     Attributes:
         base: checkpoint of the base.
         aux: checkpoint of the auxiliary; None for the base alone.
         omega: guidance strength; 0 is the base, -1 the auxiliary.
+        sigma_lo, sigma_hi: guidance acts at noise levels in (sigma_lo, sigma_hi]; None for no upper limit.
     """
 
     base: str
     aux: str | None = None
     omega: float = 0.0
+    sigma_lo: float = 0.0
+    sigma_hi: float | None = None
 
     @classmethod
-    def of(cls, base: Path, aux: Path | None = None, omega: float = 0.0) -> SimsModel:
+    def of(
+        cls,
+        base: Path,
+        aux: Path | None = None,
+        omega: float = 0.0,
+        sigma_lo: float = 0.0,
+        sigma_hi: float | None = None,
+    ) -> SimsModel:
         """The model as workers on any node find it: with absolute paths."""
-        return cls(str(base.resolve()), str(aux.resolve()) if aux else None, omega)
+        return cls(str(base.resolve()), str(aux.resolve()) if aux else None, omega, sigma_lo, sigma_hi)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for travel between processes."""
         return asdict(self)
 
-    def load(self, device: str = "cpu") -> tuple[Denoiser, Mapping[str, Any]]:
+    def load(
+        self, device: str = "cpu", precision: str = AUTO, compiled: bool = False
+    ) -> tuple[Denoiser, Mapping[str, Any]]:
         """The guided denoiser on `device`, and the base's card.
+
+        Args:
+            device: where to put the networks.
+            precision: dtype they run in; 'auto' for what the card says on a GPU, float32 elsewhere.
+            compiled: compile the networks on first use.
 
         Raises:
             SimsError: a file is no checkpoint, the auxiliary is missing, or the two networks differ.
         """
-        base, card = _load(self.base, device)
+        base, card = _load(self.base, device, precision, compiled)
         if self.omega == 0:
             return base, card
         if self.aux is None:
             raise SimsError(f"omega={self.omega:g} needs an auxiliary checkpoint; give one, or set omega=0")
-        aux, aux_card = _load(self.aux, device)
+        aux, aux_card = _load(self.aux, device, precision, compiled)
         if aux_card["network"] != card["network"]:
             raise SimsError(
                 f"{self.aux} and {self.base} hold different networks; fine-tune the auxiliary from this base"
             )
-        return sims_guidance(base, aux, self.omega), card
+        shared = aux_card.get("trainable") == "decoder"
+        try:
+            guided = (shared_encoder_guidance if shared else sims_guidance)(base, aux, self.omega)
+        except ValueError as error:
+            raise SimsError(f"{self.aux} and {self.base}: {error}") from None
+        sigma_hi = math.inf if self.sigma_hi is None else self.sigma_hi
+        return guidance_interval(guided, base, self.sigma_lo, sigma_hi), card
 
 
 @lru_cache(maxsize=CACHED_MODELS)
-def _load(path: str, device: str) -> tuple[Precond, Mapping[str, Any]]:
-    return load_model(Path(path), device)
+def _load(path: str, device: str, precision: str, compiled: bool) -> tuple[Precond, Mapping[str, Any]]:
+    net, card = load_model(Path(path), device)
+    if precision == AUTO:
+        precision = card.get("precision", "float32") if torch.device(device).type == "cuda" else "float32"
+    net.precision = getattr(torch, precision)
+    if compiled:
+        net.compile_network()
+    return net, card

@@ -12,7 +12,7 @@ def stages_overview(plan: Plan) -> str:
     rows = [("import", plan.digits.complete if plan.digits else True, str(plan.table))]
     artifacts = [
         ("features", plan.features),
-        ("train base", plan.base_job.artifact),
+        ("train base" if plan.base_job else "base", plan.base_artifact),
         ("synthesize", plan.synthesis_job.artifact),
     ]
     artifacts += [(f"finetune n_s={n_s}", plan.finetune_job(n_s).artifact) for n_s in plan.recipe.tune.n_s]
@@ -40,7 +40,7 @@ def result_table(summary: Mapping[str, Any]) -> str:
             f"{row['distance']:.3f}",
             f"{row['spread']:.3f}",
             f"{len(row['blocks'])} x {row['n_images']:,}",
-            str(row["evaluations_per_image"]),
+            f"{row['evaluations_per_image']:g}",
             f"{row['gain']:+.1%}",
         )
         for row in summary["table"]

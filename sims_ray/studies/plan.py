@@ -9,19 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from sims_ray.config import OptimizerSettings, Recipe
+from sims_ray.config.architecture import network_entry
 from sims_ray.data.table import SampleTable
 from sims_ray.errors import SimsError
 from sims_ray.stages.evaluate import Evaluation
 from sims_ray.stages.synthesize import SynthesisJob
 from sims_ray.stages.train_loop import TrainJob, snapshot_name
 from sims_ray.stages.tune import Trial
-from sims_ray.storage.artifacts import Artifact, Store
+from sims_ray.storage.artifacts import Artifact, Store, sha256_file
+from sims_ray.storage.checkpoints import read_card
 from sims_ray.storage.models import SimsModel
 
 DIGITS = "digits"
 DIGITS_SHAPE, DIGITS_CLASSES = (1, 8, 8), 10
 PIXEL_FEATURES = 4096  # the covariance of more fills memory
-PACE_SETTINGS = {"checkpoint_kimg", "log_kimg"}  # they change when things are written, not what
+OWN_BASE = "base.safetensors"
+NOT_CONTENT = {"checkpoint_kimg", "log_kimg", "duration_kimg", "budgets_kimg", "checkpoint"}  # or told otherwise
 
 
 class Plan:
@@ -76,10 +79,12 @@ class Plan:
                 )
 
     def _check_shape(self) -> None:
+        if self.recipe.train.checkpoint is not None:
+            self._check_own_base()
         _, height, width = self.shape
         network = self.recipe.network
         halvings = len(network.channel_mult) - 1
-        if height != width or height % 2**halvings:
+        if self.recipe.train.checkpoint is None and (height != width or height % 2**halvings):
             raise SimsError(
                 f"{self.recipe.data.path} holds {height}x{width} images, but the {halvings + 1} levels of "
                 f"network.channel_mult need squares that divide by {2**halvings}; "
@@ -91,18 +96,48 @@ class Plan:
                 f"{PIXEL_FEATURES} at most; import with a smaller --size, or label the images"
             )
 
+    def _check_own_base(self) -> None:
+        network, where = self.own_base_card["network"], self.recipe.train.checkpoint
+        made_for = (network["img_channels"], network["img_resolution"], network["img_resolution"])
+        if made_for != self.shape:
+            raise SimsError(
+                f"train.checkpoint={where} makes images of {made_for}, but {self.recipe.data.path} holds {self.shape}; "
+                f"import the images in the size and channels of the base"
+            )
+        if network["label_dim"] and (network["label_dim"] < self.num_classes or self._unlabelled):
+            raise SimsError(
+                f"train.checkpoint={where} knows {network['label_dim']} classes, but {self.recipe.data.path} has "
+                f"{self.num_classes} and {self._unlabelled} images without a label; give the base's own classes"
+            )
+
     @cached_property
     def network(self) -> dict[str, Any]:
         """Entry `network` of every checkpoint card of this run."""
-        settings = self.recipe.network.model_dump(mode="json")
-        conditional = settings.pop("conditional")
-        channels, resolution, _ = self.shape
-        return {
-            **settings,
-            "img_resolution": resolution,
-            "img_channels": channels,
-            "label_dim": self.num_classes if conditional else 0,
-        }
+        if self.recipe.train.checkpoint is not None:
+            return dict(self.own_base_card["network"])
+        augmented = bool(self.recipe.train.augment or self.recipe.finetune.augment)
+        return network_entry(self.recipe.network, self.shape, self.num_classes, augmented)
+
+    @cached_property
+    def own_base_card(self) -> dict[str, Any]:
+        """Card of the base that the user brings.
+
+        Raises:
+            SimsError: the file is no denoiser.
+        """
+        path = Path(str(self.recipe.train.checkpoint))
+        card = read_card(path)
+        if "network" not in card:
+            raise SimsError(f"train.checkpoint={path} holds a {card.get('role', 'file')}, not a denoiser; give a base")
+        return card
+
+    @property
+    def precision(self) -> str:
+        """Dtype of the network on a GPU."""
+        forced, own = self.recipe.compute.precision, self.recipe.train.checkpoint is not None
+        if forced != "auto":
+            return forced
+        return str(self.own_base_card.get("precision", "float32")) if own else self.recipe.network.precision
 
     @cached_property
     def sampler(self) -> dict[str, Any]:
@@ -116,22 +151,34 @@ class Plan:
         return self.store.artifact("features", settings, [self._data_fingerprint])
 
     @cached_property
-    def base_job(self) -> TrainJob:
-        """Base training."""
+    def base_job(self) -> TrainJob | None:
+        """Base training; None where the user brings a base."""
         settings = self.recipe.train
+        if settings.checkpoint is not None:
+            return None
         budgets = (settings.duration_kimg,)
         artifact = self.store.artifact("train", self._identity(settings, budgets), [self._data_fingerprint])
-        return TrainJob("base", artifact, self.network, settings, budgets, self.table)
+        return TrainJob("base", artifact, self.network, settings, budgets, self.table, precision=self.precision)
+
+    @cached_property
+    def base_artifact(self) -> Artifact:
+        """The artifact that the base checkpoint lies in: of its training, or a copy of the user's."""
+        if self.base_job is not None:
+            return self.base_job.artifact
+        digest = sha256_file(Path(str(self.recipe.train.checkpoint)))
+        return self.store.artifact("base", {"sha256": digest})
 
     @cached_property
     def base(self) -> Path:
-        """The base checkpoint: EMA weights at the end of training."""
-        return self.base_job.artifact.path / snapshot_name(self.recipe.train.duration_kimg)
+        """The base checkpoint: EMA weights at the end of training, or the user's."""
+        if self.base_job is None:
+            return self.base_artifact.path / OWN_BASE
+        return self.base_artifact.path / snapshot_name(self.recipe.train.duration_kimg)
 
     @cached_property
     def synthesis_job(self) -> SynthesisJob:
         """The synthetic set S for the largest n_s."""
-        return self._synthesis(SimsModel.of(self.base), self.seeds["synthesis"], [self.base_job.artifact])
+        return self._synthesis(SimsModel.of(self.base), self.seeds["synthesis"], [self.base_artifact])
 
     def finetune_job(self, n_s: int) -> TrainJob:
         """Auxiliary fine-tuning on the first `n_s` rows of S, with a snapshot at each budget."""
@@ -139,10 +186,18 @@ class Plan:
         artifact = self.store.artifact(
             "train",
             self._identity(settings, settings.budgets_kimg, n_s=n_s),
-            [self.base_job.artifact, synthetic],
+            [self.base_artifact, synthetic],
         )
         return TrainJob(
-            "auxiliary", artifact, self.network, settings, settings.budgets_kimg, synthetic.path, n_s, self.base
+            "auxiliary",
+            artifact,
+            self.network,
+            settings,
+            settings.budgets_kimg,
+            synthetic.path,
+            n_s,
+            self.base,
+            self.precision,
         )
 
     def model(self, omega: float, budget_kimg: float | None, n_s: int | None) -> SimsModel:
@@ -150,7 +205,8 @@ class Plan:
         if omega == 0 or budget_kimg is None or n_s is None:
             return SimsModel.of(self.base)
         aux = self.finetune_job(n_s).artifact.path / snapshot_name(budget_kimg)
-        return SimsModel.of(self.base, aux, omega)
+        interval = self.recipe.guidance
+        return SimsModel.of(self.base, aux, omega, interval.sigma_lo, interval.sigma_hi)
 
     def evaluation(self, seeds: range, omega: float, budget_kimg: float | None, n_s: int | None) -> Evaluation:
         """The distance of one model on given seeds."""
@@ -228,9 +284,16 @@ class Plan:
         n_s: int | None,
         parents: Sequence[Artifact],
     ) -> Artifact:
-        settings = {"sampler": self.sampler, "seeds": [seeds.start, seeds.stop], "omega": omega, "budget": budget_kimg}
+        settings: dict[str, Any] = {
+            "sampler": self.sampler,
+            "seeds": [seeds.start, seeds.stop],
+            "omega": omega,
+            "budget": budget_kimg,
+        }
         aux = [] if omega == 0 or n_s is None else [self.finetune_job(n_s).artifact]
-        return self.store.artifact(stage, settings, [*parents, self.base_job.artifact, *aux])
+        if aux:
+            settings["guidance"] = self.recipe.guidance.model_dump(mode="json")
+        return self.store.artifact(stage, settings, [*parents, self.base_artifact, *aux])
 
     def _synthesis(self, model: SimsModel, seeds: range, parents: Sequence[Artifact]) -> SynthesisJob:
         shard_nimg = self.recipe.synthesize.shard_nimg
@@ -239,5 +302,5 @@ class Plan:
         return SynthesisJob(artifact, model, self.sampler, seeds, shard_nimg)
 
     def _identity(self, settings: OptimizerSettings, budgets: Sequence[float], **extra: Any) -> dict[str, Any]:
-        content = settings.model_dump(mode="json", exclude=PACE_SETTINGS | {"duration_kimg", "budgets_kimg"})
+        content = settings.model_dump(mode="json", exclude=NOT_CONTENT)
         return {"network": self.network, "budgets_kimg": list(budgets), **content, **extra}

@@ -30,7 +30,8 @@ def model_of_run(out: Path, name: str) -> tuple[SimsModel, SamplerSettings]:
     if name not in known:
         raise SimsError(f"{out} has no model {name!r}; choose one of {', '.join(known)}")
     paths = known[name]
-    model = SimsModel.of(out / paths["base"], paths["aux"] and out / paths["aux"], paths["omega"])
+    base, aux = out / paths["base"], paths["aux"] and out / paths["aux"]
+    model = SimsModel.of(base, aux, paths["omega"], paths["sigma_lo"], paths["sigma_hi"])
     return model, SamplerSettings(**summary["settings"]["sampler"])
 
 
@@ -47,7 +48,7 @@ def sample_images(target: Path, model: SimsModel, seeds: range, sampler: Sampler
     network = card["network"]
     shape = (network["img_channels"], network["img_resolution"], network["img_resolution"])
     batches = generate(denoiser, shape, seeds, sampler.model_dump(), label_dim=network["label_dim"], device=device)
-    images = torch.cat([batch for _, batch, _ in batches]).numpy()
+    images = torch.cat([batch.images for batch in batches]).numpy()
     if target.suffix.lower() == ".png":
         target.parent.mkdir(parents=True, exist_ok=True)
         contact_sheet(images).save(target)

@@ -26,9 +26,9 @@ from sims_ray.stages.tracking import TrackedRun, Tracker
 from sims_ray.stages.train import train
 from sims_ray.stages.train_loop import METRICS, TrainJob, read_metrics
 from sims_ray.stages.tune import Trial, tune
-from sims_ray.storage.artifacts import Artifact, fingerprint, write_json
+from sims_ray.storage.artifacts import Artifact, adopt, fingerprint, write_json
 from sims_ray.studies.console import closing_words, stages_overview
-from sims_ray.studies.plan import Plan
+from sims_ray.studies.plan import OWN_BASE, Plan
 from sims_ray.studies.summary import RESULT, summarise
 
 logger = logging.getLogger("sims_ray")
@@ -50,7 +50,7 @@ class SimsRun:
         self.recipe, self.out = recipe, self.plan.out
         self.tracker = Tracker(recipe.tracking, self.out)
         content = recipe.model_dump(mode="json", exclude={"compute", "tracking"})
-        self._key = fingerprint("run", content, [self.plan.base_job.artifact.fingerprint])
+        self._key = fingerprint("run", content, [self.plan.base_artifact.fingerprint])
         self._root: TrackedRun | None = None
 
     @property
@@ -77,7 +77,11 @@ class SimsRun:
     def train_base(self) -> None:
         """Algorithm 1, step 1."""
         self.import_data()
-        self._train(self.plan.base_job, "train base")
+        if self.plan.base_job is not None:
+            self._train(self.plan.base_job, "train base")
+            return
+        source, artifact = Path(str(self.recipe.train.checkpoint)), self.plan.base_artifact
+        self._ensure(artifact, "base", lambda: adopt(source, artifact, OWN_BASE))
 
     def synthesize(self) -> None:
         """Algorithm 1, step 2: n_s images from the base."""

@@ -15,7 +15,7 @@ RESULT = "result.json"
 
 def summarise(plan: Plan, selected: Mapping[str, Any]) -> dict[str, Any]:
     """Everything the report shows, as JSON values; `selected` is the cell that the sweep chose."""
-    losses = {"base": read_metrics(plan.base_job.artifact.path)}
+    losses = {"base": read_metrics(plan.base_artifact.path)} if plan.base_job else {}
     for n_s in plan.recipe.tune.n_s:
         losses[f"auxiliary n_s={n_s}"] = read_metrics(plan.finetune_job(n_s).artifact.path)
     return {
@@ -41,14 +41,14 @@ def models(plan: Plan, selected: Mapping[str, Any]) -> dict[str, dict[str, Any]]
     for name, cell in plan.compared(selected).items():
         model = plan.model(*cell)
         base, aux = (path and str(Path(path).relative_to(folder)) for path in (model.base, model.aux))
-        found[name] = {"base": base, "aux": aux, "omega": model.omega}
+        interval = {"sigma_lo": model.sigma_lo, "sigma_hi": model.sigma_hi}
+        found[name] = {"base": base, "aux": aux, "omega": model.omega, **interval}
     return found
 
 
 def result_rows(plan: Plan, selected: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Base, auxiliary and SIMS on the report seeds: mean distance over the blocks, its spread, the gain."""
     cells, rows, base = plan.compared(selected), [], float("nan")
-    calls = 2 * plan.recipe.sampler.num_steps - 1
     for name, evaluations in plan.report_evaluations(selected).items():
         omega, budget, n_s = cells[name]
         blocks = [e.artifact.result["distance"] for e in evaluations]
@@ -64,7 +64,7 @@ def result_rows(plan: Plan, selected: Mapping[str, Any]) -> list[dict[str, Any]]
                 "spread": float(np.std(blocks, ddof=1)) if len(blocks) > 1 else 0.0,
                 "blocks": blocks,
                 "n_images": len(evaluations[0].seeds),
-                "evaluations_per_image": calls * (1 if omega in (0, -1) else 2),
+                "evaluations_per_image": evaluations[0].artifact.result["nfe"],
                 "gain": 1 - distance / base,
             }
         )

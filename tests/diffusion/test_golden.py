@@ -60,7 +60,7 @@ class Reference:
             labels = torch.nn.functional.one_hot(streams.randint(net["label_dim"]), net["label_dim"]).float()
         sigmas = (sigma_schedule(18) if schedule is None else schedule).to(self.state_dtype)
         denoiser = sims_guidance(self.base, self.aux, omega)
-        return heun_sampler(denoiser, latents, labels, sigmas=sigmas, streams=streams, **churn)
+        return heun_sampler(denoiser, latents, labels, sigmas=sigmas, streams=streams, **churn).images
 
 
 EDM, EDM2 = NAMES[:4], NAMES[4:]

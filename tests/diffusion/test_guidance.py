@@ -32,8 +32,8 @@ def test_omega_minus_1_is_the_auxiliary_and_never_calls_the_base() -> None:
 def test_two_identical_networks_sample_the_base_bit_for_bit_at_any_omega(omega: float) -> None:
     base = small_network()
     latents, sigmas = noisy()[0], sigma_schedule(4)
-    guided = heun_sampler(sims_guidance(base, copy.deepcopy(base), omega), latents, sigmas=sigmas)
-    assert torch.equal(guided, heun_sampler(base, latents, sigmas=sigmas))
+    guided = heun_sampler(sims_guidance(base, copy.deepcopy(base), omega), latents, sigmas=sigmas).images
+    assert torch.equal(guided, heun_sampler(base, latents, sigmas=sigmas).images)
 
 
 @pytest.mark.parametrize("omega", [-1.0, 0.5])

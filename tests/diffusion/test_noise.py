@@ -50,8 +50,8 @@ def test_an_image_does_not_depend_on_the_batch_it_is_sampled_in() -> None:
         parts = list(
             generate(net, SHAPE, range(FIRST_SEED, FIRST_SEED + n), SAMPLER, label_dim=3, batch_size=batch_size)
         )
-        assert [seed for seeds, _, _ in parts for seed in seeds] == list(range(FIRST_SEED, FIRST_SEED + n))
-        return torch.cat([images for _, images, _ in parts]), torch.cat([classes for _, _, classes in parts])
+        assert [seed for part in parts for seed in part.seeds] == list(range(FIRST_SEED, FIRST_SEED + n))
+        return torch.cat([part.images for part in parts]), torch.cat([part.classes for part in parts])
 
     images, classes = sampled(64, 64)
     assert images.dtype == torch.uint8
@@ -66,9 +66,11 @@ def test_an_image_does_not_depend_on_the_batch_it_is_sampled_in() -> None:
 def test_float_images_agree_between_batch_sizes_to_1e4() -> None:
     net = small_network()
     latents = SeedStreams(range(64)).randn(SHAPE, torch.float32)
-    together = heun_sampler(net, latents, sigmas=sigma_schedule(4))
+    together = heun_sampler(net, latents, sigmas=sigma_schedule(4)).images
     for batch_size in (1, 3):
-        apart = torch.cat([heun_sampler(net, part, sigmas=sigma_schedule(4)) for part in latents[:6].split(batch_size)])
+        apart = torch.cat(
+            [heun_sampler(net, part, sigmas=sigma_schedule(4)).images for part in latents[:6].split(batch_size)]
+        )
         torch.testing.assert_close(apart, together[:6], rtol=1e-4, atol=1e-4)
 
 

@@ -56,7 +56,7 @@ def test_heun_converges_at_order_2_on_a_linear_ode(rho: float) -> None:
     steps, errors = [16, 32, 64, 128, 256], []
     for n in steps:
         sigmas = sigma_schedule(n + 1, sigma_min, sigma_max, rho)[:-1]
-        x = heun_sampler(Gaussian(a), torch.ones(1, 1, 1, 1), sigmas=sigmas)
+        x = heun_sampler(Gaussian(a), torch.ones(1, 1, 1, 1), sigmas=sigmas).images
         errors.append(abs(float(x) - exact))
     order = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
     assert order == pytest.approx(2, abs=0.15)
@@ -70,7 +70,7 @@ def test_n_steps_cost_2n_minus_1_denoiser_calls(num_steps: int) -> None:
 
 
 def test_a_single_step_returns_the_denoised_noise() -> None:
-    x = heun_sampler(Gaussian(0.25), pixels(4), sigmas=sigma_schedule(1))
+    x = heun_sampler(Gaussian(0.25), pixels(4), sigmas=sigma_schedule(1)).images
     torch.testing.assert_close(x, Gaussian(0.25)(80 * pixels(4), torch.full([4], 80.0, dtype=torch.float64)))
 
 
@@ -78,7 +78,7 @@ def test_a_single_step_returns_the_denoised_noise() -> None:
 def test_guided_gaussians_have_the_closed_form_variance(omega: float) -> None:
     a, b, sigma_max = 0.25, 0.4, 80.0
     denoiser = sims_guidance(Gaussian(a), Gaussian(b), omega)
-    samples = heun_sampler(denoiser, pixels(100_000), sigmas=sigma_schedule(200, sigma_max=sigma_max))
+    samples = heun_sampler(denoiser, pixels(100_000), sigmas=sigma_schedule(200, sigma_max=sigma_max)).images
     shrink_a, shrink_b = a / (a + sigma_max**2), b / (b + sigma_max**2)
     expected = sigma_max**2 * shrink_a ** (1 + omega) * shrink_b**-omega  # tends to a^(1 + omega) b^-omega
     assert float(samples.var()) == pytest.approx(expected, rel=0.02)
@@ -88,18 +88,18 @@ def test_churn_keeps_the_variance_of_the_data() -> None:
     streams = SeedStreams(range(3))
     latents = streams.randn([1, 100, 100], torch.float64)
     sigmas = sigma_schedule(60, sigma_max=20.0)
-    samples = heun_sampler(Gaussian(0.25), latents, sigmas=sigmas, streams=streams, S_churn=20.0)
+    samples = heun_sampler(Gaussian(0.25), latents, sigmas=sigmas, streams=streams, S_churn=20.0).images
     assert float(samples.var()) == pytest.approx(0.25, rel=0.03)
-    plain = heun_sampler(Gaussian(0.25), latents, sigmas=sigmas)
+    plain = heun_sampler(Gaussian(0.25), latents, sigmas=sigmas).images
     assert (samples - plain).abs().mean() > 0.1
 
 
 def test_churn_outside_its_window_changes_nothing() -> None:
     settings = {"S_churn": 40.0, "S_min": 100.0, "S_max": 200.0}
-    plain = heun_sampler(Gaussian(0.25), pixels(2), sigmas=sigma_schedule(5))
+    plain = heun_sampler(Gaussian(0.25), pixels(2), sigmas=sigma_schedule(5)).images
     churned = heun_sampler(
         Gaussian(0.25), pixels(2), sigmas=sigma_schedule(5), streams=SeedStreams(range(2)), **settings
-    )
+    ).images
     assert torch.equal(plain, churned)
 
 

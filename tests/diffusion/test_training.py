@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sims_ray.diffusion.loss import draw_noise, edm_loss
+from sims_ray.diffusion.loss import DenoisingLoss, draw_noise
 from sims_ray.diffusion.noise import epoch_order, step_generator
 from sims_ray.diffusion.training import Optimization, Training
-from sims_ray.nn.precond import EDMPrecond
+from sims_ray.nn.precond import Precond
 from sims_ray.storage.checkpoints import load_tensors, save_tensors
 from tests.networks import small_network
 
@@ -30,40 +30,40 @@ IMAGES = torch.randint(0, 256, (20, 1, 8, 8), dtype=torch.uint8, generator=torch
 LABELS = torch.eye(2)[torch.arange(20) % 2]
 
 
-class Point(nn.Module):
+class Point(Precond):
     """The exact denoiser of a data set of one image."""
 
-    def __init__(self, image: Tensor) -> None:
-        super().__init__()
+    def __init__(self, image: Tensor, sigma_data: float) -> None:
+        super().__init__(sigma_data=sigma_data)
         self.image = image
 
-    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, *_: object) -> Tensor:
         return self.image.expand_as(x)
 
 
-class Keep(nn.Module):
+class Keep(Precond):
     """Returns the noisy image."""
 
-    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, *_: object) -> Tensor:
         return x
 
 
 class Poisoned(nn.Module):
-    """A network whose output is multiplied by something that is no number."""
+    """A loss that is multiplied by something that is no number."""
 
-    def __init__(self, net: nn.Module, factor: float) -> None:
+    def __init__(self, loss: nn.Module, factor: float) -> None:
         super().__init__()
-        self.net, self.factor = net, factor
+        self.loss, self.factor = loss, factor
 
-    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
-        return self.net(x, sigma, labels) * self.factor
+    def forward(self, *arguments: Tensor | None) -> Tensor:
+        return self.loss(*arguments) * self.factor
 
 
-def trainable(seed: int = 0, dropout: float = 0.0) -> EDMPrecond:
+def trainable(seed: int = 0, dropout: float = 0.0) -> Precond:
     return small_network(seed, label_dim=2, dropout=dropout).requires_grad_(True)
 
 
-def training(net: EDMPrecond, settings: Optimization = SETTINGS, rank: int = 0, world_size: int = 1) -> Training:
+def training(net: Precond, settings: Optimization = SETTINGS, rank: int = 0, world_size: int = 1) -> Training:
     return Training(net, settings, IMAGES, LABELS, device=CPU, rank=rank, world_size=world_size)
 
 
@@ -98,7 +98,7 @@ def test_the_reported_loss_is_the_mean_of_the_edm_loss_over_the_images_since_the
     for nimg in (0, 8, 16):
         rows = epoch_order(SETTINGS.seed, nimg, 8, 20)
         sigma, noise = draw_noise(step_generator(SETTINGS.seed, nimg, "noise"), 8, (1, 8, 8), -1.2, 1.2)
-        losses.append(edm_loss(net, IMAGES[rows] / 127.5 - 1, sigma, noise, LABELS[rows], 0.5).detach())
+        losses.append(DenoisingLoss(net)(IMAGES[rows] / 127.5 - 1, sigma, noise, LABELS[rows]).detach())
     run.step()
     run.step()
     assert run.pop_loss() == pytest.approx(float(torch.cat(losses[:2]).mean()), rel=1e-5)
@@ -182,13 +182,13 @@ def test_edm_loss_equals_its_formula_for_the_exact_denoiser_of_a_point() -> None
     weight = (s**2 + sigma_data**2) / (s * sigma_data) ** 2
     for target in (torch.zeros(1, 8, 8), point):
         expected = weight * ((target.double().numpy() - y) ** 2).sum((1, 2, 3))
-        losses = edm_loss(Point(target), images, sigma, noise, None, sigma_data)
+        losses = DenoisingLoss(Point(target, sigma_data))(images, sigma, noise)
         np.testing.assert_allclose(losses.numpy(), expected, rtol=1e-5)
 
 
 def test_a_denoiser_that_keeps_the_noise_is_charged_the_noise() -> None:
     sigma, noise = draw_noise(torch.Generator().manual_seed(0), 20, (1, 8, 8), -1.2, 1.2)
-    losses = edm_loss(Keep(), IMAGES / 127.5 - 1, sigma, noise, None, 0.5)
+    losses = DenoisingLoss(Keep())(IMAGES / 127.5 - 1, sigma, noise)
     expected = (sigma**2 + 0.25) / 0.25 * (noise**2).sum((1, 2, 3))
     torch.testing.assert_close(losses, expected, rtol=1e-3, atol=0)
 

@@ -1,20 +1,9 @@
-"""Every setting: one frozen pydantic model per stage, recipes as YAML of these.
+"""Every setting: one frozen pydantic model per stage."""
 
-`load_recipe("digits", ["finetune.lr=1e-3"])` is the one way in; a wrong key, type or range stops here,
-before any work, with its dotted name.
-"""
-
-import difflib
-from collections.abc import Mapping, Sequence
-from importlib import resources
 from itertools import pairwise
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from sims_ray.errors import SimsError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 SEED_LIMIT = 2**32  # per-image generators take 32-bit seeds (the limit of diffusion.noise)
 
@@ -22,6 +11,9 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=SEED_LIMIT)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
+EmaStd = Annotated[float, Field(gt=0, le=0.28)]
+Precision = Literal["float32", "bfloat16", "float16"]
 Omega = Annotated[float, Field(ge=-1, le=20)]
 
 
@@ -38,17 +30,33 @@ class DataSettings(Settings):
 
 
 class NetworkSettings(Settings):
-    """DDPM++ network with EDM preconditioning; resolution and channels come from the data."""
+    """Network with EDM preconditioning; resolution and channels come from the data."""
 
+    architecture: Literal["ddpmpp", "ncsnpp", "adm", "edm2"] = Field(
+        "ddpmpp", description="DDPM++, NCSN++ or ADM as in EDM, or EDM2's magnitude-preserving U-Net"
+    )
     model_channels: Annotated[int, Field(ge=8, multiple_of=4)] = Field(128, description="base width")
     channel_mult: tuple[Count, ...] = Field(
         (2, 2, 2), min_length=1, description="width multiplier per resolution, highest first"
     )
     num_blocks: Count = Field(4, description="residual blocks per resolution")
     attn_resolutions: tuple[Count, ...] = Field((16,), description="resolutions with self-attention")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.13
+    dropout: Probability = 0.13
     conditional: bool = Field(False, description="condition on the class labels of the data")
+    label_dropout: Probability = Field(0.0, description="share of labels hidden in training, for guidance by labels")
+    channels_per_head: Count = Field(64, description="attention width of adm and edm2")
     sigma_data: Positive = Field(0.5, description="standard deviation of the images in [-1, 1]")
+    precision: Precision = Field("float32", description="dtype the network runs in on a GPU")
+
+    @model_validator(mode="after")
+    def _heads(self) -> Self:
+        lowest = self.model_channels * self.channel_mult[-1]
+        if self.architecture in ("adm", "edm2") and lowest < self.channels_per_head:
+            raise ValueError(
+                f"channels_per_head={self.channels_per_head} exceeds the {lowest} channels of the lowest resolution, "
+                f"which would be left without attention; lower it, or widen the network"
+            )
+        return self
 
 
 class OptimizerSettings(Settings):
@@ -57,19 +65,38 @@ class OptimizerSettings(Settings):
     batch_size: Count = Field(512, description="global batch; must divide by the number of workers")
     lr: Positive = Field(1e-3, description="Adam learning rate after the ramp")
     lr_rampup_kimg: NonNegative = Field(10_000, description="linear ramp of the learning rate from 0")
+    lr_decay_kimg: NonNegative = Field(0, description="lr falls as 1/sqrt(images) from here on (EDM2); 0: constant")
+    adam_beta2: Probability = Field(0.999, description="decay of Adam's second moment (EDM2: 0.99)")
+    gradient_limit: NonNegative = Field(1e5, description="infinite gradients become this large (EDM2: 0)")
+    loss_scale: Positive = Field(1.0, description="factor of the loss, against underflow in float16 (ADM: 100)")
+    augment: Probability = Field(0.0, description="probability of each of EDM's augmentations, told to the network")
     ema_halflife_kimg: Positive = Field(500, description="half-life of the weight average")
     ema_rampup_ratio: Positive | None = Field(0.05, description="half-life over images seen while young; null: none")
+    ema_stds: tuple[EmaStd, ...] = Field(
+        (), description="power-function averages of these relative widths (EDM2) in place of the half-life"
+    )
+    ema_std: EmaStd = Field(0.1, description="relative width to reconstruct from them for the snapshots")
+    ema_snapshot_kimg: Positive = Field(8_388.608, description="images between stored averages, for ema_stds")
     P_mean: float = Field(-1.2, description="mean of ln sigma in training")
     P_std: Positive = Field(1.2, description="standard deviation of ln sigma in training")
     seed: Seed = Field(0, description="seed of initial weights, data order and training noise")
     checkpoint_kimg: Positive = Field(1_000, description="images between resumable checkpoints")
     log_kimg: Positive = Field(50, description="images between progress lines")
 
+    @model_validator(mode="after")
+    def _distinct_averages(self) -> Self:
+        if len(set(self.ema_stds)) < len(self.ema_stds):
+            raise ValueError(f"ema_stds={list(self.ema_stds)} must not repeat a width")
+        return self
+
 
 class TrainSettings(OptimizerSettings):
     """Base training on the real images."""
 
     duration_kimg: Positive = Field(200_000, description="images to train for")
+    checkpoint: str | None = Field(
+        None, description="a base that exists already, like one from `sims import-nvlabs`; nothing is trained then"
+    )
 
 
 class FinetuneSettings(OptimizerSettings):
@@ -77,6 +104,9 @@ class FinetuneSettings(OptimizerSettings):
 
     budgets_kimg: tuple[Positive, ...] = Field(min_length=1, description="budgets B: a snapshot at each, one run")
     ema_rampup_ratio: Positive | None = None
+    trainable: Literal["all", "decoder"] = Field(
+        "all", description="'decoder': the encoder stays the base's, so that SIMS runs it once for both"
+    )
 
     @model_validator(mode="after")
     def _increasing(self) -> Self:
@@ -86,8 +116,10 @@ class FinetuneSettings(OptimizerSettings):
 
 
 class SamplerSettings(Settings):
-    """EDM's Heun sampler."""
+    """How images are drawn from a model."""
 
+    solver: Literal["heun", "euler", "ddim", "ddpm"] = Field("heun", description="heun and euler know S_churn")
+    state_dtype: Literal["float64", "float32"] = Field("float64", description="of the image between steps")
     num_steps: Count = 18
     sigma_min: Positive = 0.002
     sigma_max: Positive = 80.0
@@ -103,6 +135,21 @@ class SamplerSettings(Settings):
             raise ValueError(f"sigma_min={self.sigma_min:g} must be below sigma_max={self.sigma_max:g}")
         if self.S_min > self.S_max:
             raise ValueError(f"S_min={self.S_min:g} must not exceed S_max={self.S_max:g}")
+        if self.S_churn and self.solver not in ("heun", "euler"):
+            raise ValueError(f"S_churn={self.S_churn:g} means nothing to solver={self.solver}; set it to 0")
+        return self
+
+
+class GuidanceSettings(Settings):
+    """Where SIMS guidance acts; its strength is searched."""
+
+    sigma_lo: NonNegative = Field(0.0, description="no guidance at noise levels up to this one")
+    sigma_hi: Positive | None = Field(None, description="no guidance at noise levels above this one; null: no limit")
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> Self:
+        if self.sigma_hi is not None and self.sigma_lo >= self.sigma_hi:
+            raise ValueError(f"sigma_lo={self.sigma_lo:g} must be below sigma_hi={self.sigma_hi:g}")
         return self
 
 
@@ -169,6 +216,10 @@ class ComputeSettings(Settings):
     cpus_per_worker: Positive = 1
     gpus_per_worker: NonNegative = 0
     sampling_batch: Count = Field(250, description="images per network call in sampling")
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="dtype of the network; auto: network.precision on a GPU, float32 on a CPU"
+    )
+    compile: bool = Field(False, description="compile the network for sampling; pays off on a GPU")
     max_failures: Annotated[int, Field(ge=-1)] = Field(3, description="restarts after lost workers; -1: no limit")
     dashboard: bool = Field(False, description="serve the Ray dashboard of a local cluster")
     object_store_mb: Annotated[int, Field(ge=80)] = Field(500, description="object store of a local cluster")
@@ -191,6 +242,7 @@ class Recipe(Settings):
     train: TrainSettings
     finetune: FinetuneSettings
     sampler: SamplerSettings = SamplerSettings()
+    guidance: GuidanceSettings = GuidanceSettings()
     synthesize: SynthesizeSettings = SynthesizeSettings()
     features: FeatureSettings = FeatureSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
@@ -207,6 +259,8 @@ class Recipe(Settings):
                 raise ValueError(
                     f"{name}.batch_size={stage.batch_size} must divide by compute.num_workers={workers}; change either"
                 )
+            if stage.augment and self.network.architecture == "edm2":
+                raise ValueError(f"{name}.augment={stage.augment:g}: edm2 is not told augmentations; set it to 0")
         self.seed_ledger()
         return self
 
@@ -234,102 +288,3 @@ class Recipe(Settings):
         if in_order[-1][1].stop > SEED_LIMIT:
             raise ValueError(f"seeds.{in_order[-1][0]} ends beyond {SEED_LIMIT - 1}; start it lower")
         return ledger
-
-
-def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe by built-in name or YAML path and apply `section.key=value` overrides (values are YAML).
-
-    Raises:
-        SimsError: no such recipe, or a setting that is unknown, of the wrong type or out of range.
-    """
-    text, where = _read(source)
-    try:
-        tree = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise SimsError(f"{where} is not valid YAML ({_one_line(error)}); correct that line") from error
-    if not isinstance(tree, dict):
-        raise SimsError(
-            f"{where} holds {type(tree).__name__}, not settings; write it as `section:` blocks of `key: value`"
-        )
-    for override in overrides:
-        _apply(tree, override)
-    try:
-        return Recipe.model_validate(tree)
-    except ValidationError as error:
-        locations = {e["loc"] for e in error.errors()}
-        # A container is said to be too short when it is one of its items that is wrong: say the item only.
-        causes = [
-            e for e in error.errors() if not any(e["loc"] == loc[: len(e["loc"])] for loc in locations - {e["loc"]})
-        ]
-        raise SimsError("; ".join(_explain(e) for e in causes) + f" (recipe {where})") from None
-
-
-def builtin_recipes() -> list[str]:
-    """Names of the recipes that ship with the package."""
-    return sorted(p.name.removesuffix(".yaml") for p in _recipe_folder().iterdir() if p.name.endswith(".yaml"))
-
-
-def _recipe_folder() -> Any:
-    return resources.files("sims_ray") / "recipes"
-
-
-def _read(source: str | Path) -> tuple[str, str]:
-    if str(source) in builtin_recipes():
-        return (_recipe_folder() / f"{source}.yaml").read_text(), str(source)
-    path = Path(source)
-    if not path.is_file():
-        raise SimsError(f"no recipe {str(source)!r}: give a YAML file, or one of {', '.join(builtin_recipes())}")
-    try:
-        return path.read_text(encoding="utf-8"), str(path)
-    except UnicodeDecodeError:
-        raise SimsError(f"{path} is not UTF-8 text; give a recipe in YAML") from None
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise SimsError(f"--set {override!r} is not of the form section.key=value; write for example train.lr=1e-3")
-    *parents, leaf = key.split(".")
-    node = tree
-    for parent in parents:
-        child = node.get(parent)
-        if child is None:
-            child = node[parent] = {}
-        if not isinstance(child, dict):
-            raise SimsError(f"--set {key}: {parent} is a value, not a section; name a setting that exists")
-        node = child
-    try:
-        node[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise SimsError(f"--set {key}: {value!r} is not a YAML value ({_one_line(error)})") from error
-
-
-def _explain(error: Mapping[str, Any]) -> str:
-    """One sentence for one pydantic error: dotted name, value found, what is allowed."""
-    name = ".".join(str(part) for part in error["loc"])
-    kind = error["type"]
-    if kind == "extra_forbidden":
-        known = _known_keys(error["loc"][:-1])
-        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
-        return f"{name} is not a setting; {hint}"
-    if kind == "missing":
-        return f"{name} is missing; give it in the recipe or with --set {name}=..."
-    message = error["msg"].removeprefix("Value error, ")
-    if kind == "value_error":
-        return f"{name}.{message}" if name else message
-    return f"{name}={error['input']!r} is not allowed: {message[0].lower()}{message[1:]}"
-
-
-def _known_keys(section: Sequence[Any]) -> list[str]:
-    model: type[BaseModel] = Recipe
-    for part in section:
-        annotation = model.model_fields[part].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        model = annotation
-    return list(model.model_fields)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

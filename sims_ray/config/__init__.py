@@ -1,0 +1,39 @@
+"""Every setting, and the recipes that are made of them.
+
+`load_recipe("digits", ["finetune.lr=1e-3"])` is the one way in; a wrong key, type or range stops here,
+before any work, with its dotted name.
+"""
+
+from sims_ray.config.loading import builtin_recipes, load_recipe
+from sims_ray.config.presets import Preset, presets
+from sims_ray.config.settings import (
+    SEED_LIMIT,
+    ComputeSettings,
+    FeatureSettings,
+    FinetuneSettings,
+    GuidanceSettings,
+    NetworkSettings,
+    OptimizerSettings,
+    Recipe,
+    SamplerSettings,
+    TrackingSettings,
+    TrainSettings,
+)
+
+__all__ = [
+    "SEED_LIMIT",
+    "ComputeSettings",
+    "FeatureSettings",
+    "FinetuneSettings",
+    "GuidanceSettings",
+    "NetworkSettings",
+    "OptimizerSettings",
+    "Preset",
+    "Recipe",
+    "SamplerSettings",
+    "TrackingSettings",
+    "TrainSettings",
+    "builtin_recipes",
+    "load_recipe",
+    "presets",
+]

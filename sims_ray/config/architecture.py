@@ -1,0 +1,42 @@
+"""From a recipe's network to the entry that a checkpoint card carries and `nn.networks` builds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sims_ray.config.settings import NetworkSettings
+
+AUGMENT_DIM = 9  # width of the label that EDM's augmentation gives the network
+NCSNPP = {
+    "embedding_type": "fourier",
+    "encoder_type": "residual",
+    "channel_mult_noise": 2,
+    "resample_filter": [1, 3, 3, 1],
+}
+CLASSES = {"ddpmpp": "song_unet", "ncsnpp": "song_unet", "adm": "adm_unet", "edm2": "edm2_unet"}
+
+
+def network_entry(
+    settings: NetworkSettings, shape: tuple[int, int, int], num_classes: int, augmented: bool
+) -> dict[str, Any]:
+    """Entry `network` of a checkpoint card.
+
+    Args:
+        settings: the recipe's network.
+        shape: (C, R, R) of the images.
+        num_classes: K, used if the network is conditional.
+        augmented: whether the network is told augmentations.
+    """
+    entry = settings.model_dump(mode="json", exclude={"architecture", "conditional", "precision"})
+    if CLASSES[settings.architecture] == "song_unet":
+        del entry["channels_per_head"]  # a single head
+    if augmented:
+        entry["augment_dim"] = AUGMENT_DIM
+    return {
+        "architecture": CLASSES[settings.architecture],
+        **entry,
+        **(NCSNPP if settings.architecture == "ncsnpp" else {}),
+        "img_resolution": shape[1],
+        "img_channels": shape[0],
+        "label_dim": num_classes if settings.conditional else 0,
+    }
