@@ -53,7 +53,7 @@ def _fit(job: TrainJob, compute: ComputeSettings) -> None:
         with own_interrupts(), ray_folder(job.artifact.path) as folder:
             TorchTrainer(
                 train_loop,
-                train_loop_config={"job": job, "threads": threads},
+                train_loop_config={"job": job, "threads": threads, "precision": compute.precision},
                 scaling_config=ScalingConfig(
                     num_workers=compute.num_workers,
                     use_gpu=compute.gpus_per_worker > 0,

@@ -27,6 +27,7 @@ METRICS = "metrics.jsonl"
 FAILURE = "failure.txt"
 KIMG = 1000
 ADAM_BETA1 = 0.9
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,8 @@ def _train(job: TrainJob, config: dict[str, Any]) -> None:
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
     training = _build(job, rank, world_size, device, ray.train.torch.prepare_model)
+    on_gpu, forced = device.type == "cuda", config["precision"]
+    training.net.precision = getattr(torch, (job.precision if on_gpu else "float32") if forced == AUTO else forced)
     if (found := newest_state(job.artifact.path)) is not None:
         training.load_state(found[0], found[1]["nimg"])
     training.check_same_start()
@@ -149,7 +152,6 @@ def _build(
         labels = F.one_hot(torch.from_numpy(samples.labels.astype("int64")), label_dim).float()
     torch.manual_seed(step_generator(job.settings.seed, 0, "weights").initial_seed())
     net = build_network(job.network) if job.init is None else load_model(job.init)[0].requires_grad_(True)
-    net.precision = getattr(torch, job.precision) if device.type == "cuda" else torch.float32
     return Training(
         net.to(device),
         job.optimization(),

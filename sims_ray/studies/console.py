@@ -9,7 +9,7 @@ from sims_ray.studies.plan import Plan
 
 def stages_overview(plan: Plan) -> str:
     """One line per stage: what it makes, whether it is complete, and where it lies."""
-    rows = [("import", plan.digits.complete if plan.digits else True, str(plan.table))]
+    rows = [("import", plan.inputs.digits.complete if plan.inputs.digits else True, str(plan.inputs.table))]
     artifacts = [
         ("features", plan.features),
         ("train base" if plan.base_job else "base", plan.base_artifact),
@@ -25,7 +25,7 @@ def stages_overview(plan: Plan) -> str:
         rows.append((f"evaluate, {sum(evaluations)} of {len(evaluations)} blocks", all(evaluations), str(plan.out)))
     else:
         rows.append(("evaluate", False, "known after the sweep"))
-    return _align([(name, "complete" if complete else "to do", where) for name, complete, where in rows])
+    return align([(name, "complete" if complete else "to do", where) for name, complete, where in rows])
 
 
 def result_table(summary: Mapping[str, Any]) -> str:
@@ -49,7 +49,7 @@ def result_table(summary: Mapping[str, Any]) -> str:
         f"Distance: mean over {summary['blocks']} blocks of fresh seeds, lower is better; spread: standard deviation "
         "over the blocks. Neither the synthetic set nor the sweep used these seeds."
     )
-    return f"{_align([header, *rows])}\n{note}"
+    return f"{align([header, *rows])}\n{note}"
 
 
 def closing_words(summary: Mapping[str, Any], out: Path, page: Path, tracking_uri: str) -> str:
@@ -66,6 +66,7 @@ def closing_words(summary: Mapping[str, Any], out: Path, page: Path, tracking_ur
     )
 
 
-def _align(rows: Sequence[Sequence[str]]) -> str:
+def align(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as lines of columns."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)

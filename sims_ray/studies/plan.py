@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from sims_ray.config import OptimizerSettings, Recipe
-from sims_ray.config.architecture import network_entry
-from sims_ray.data.table import SampleTable
 from sims_ray.errors import SimsError
 from sims_ray.stages.evaluate import Evaluation
 from sims_ray.stages.synthesize import SynthesisJob
 from sims_ray.stages.train_loop import TrainJob, snapshot_name
 from sims_ray.stages.tune import Trial
 from sims_ray.storage.artifacts import Artifact, Store, sha256_file
-from sims_ray.storage.checkpoints import read_card
 from sims_ray.storage.models import SimsModel
+from sims_ray.studies.inputs import Inputs
 
-DIGITS = "digits"
-DIGITS_SHAPE, DIGITS_CLASSES = (1, 8, 8), 10
-PIXEL_FEATURES = 4096  # the covariance of more fills memory
 OWN_BASE = "base.safetensors"
 NOT_CONTENT = {"checkpoint_kimg", "log_kimg", "duration_kimg", "budgets_kimg", "checkpoint"}  # or told otherwise
 
@@ -43,101 +37,7 @@ class Plan:
         self.recipe, self.out = recipe, out.resolve()
         self.store = Store(self.out / "artifacts")
         self.seeds = recipe.seed_ledger()
-        self.digits = self.store.artifact("import", {"source": DIGITS}) if recipe.data.path == DIGITS else None
-        self.table = self.digits.path if self.digits else Path(recipe.data.path).resolve()
-        self.shape: tuple[int, int, int] = DIGITS_SHAPE
-        self.num_classes = DIGITS_CLASSES
-        self._data_fingerprint = self.digits.fingerprint if self.digits else ""
-        self._unlabelled = 0
-        if self.digits is None:
-            table = self._own_table()
-            self.shape, self.num_classes, self._unlabelled = table.shape, table.num_classes, table.unlabelled
-            self._data_fingerprint = table.fingerprint
-        self._check_images()
-
-    def _own_table(self) -> SampleTable:
-        try:
-            return SampleTable(self.table)
-        except SimsError as error:
-            raise SimsError(
-                f"data.path={self.recipe.data.path} is not a sample table ({error}); "
-                f"make one with `sims data import IMAGES OUT` and give OUT"
-            ) from None
-
-    def _check_images(self) -> None:
-        self._check_shape()
-        needs = {
-            "network.conditional=true": self.recipe.network.conditional,
-            "features.kind=classifier": self.recipe.features.kind == "classifier",
-        }
-        for setting, needed in needs.items():
-            if needed and (self.num_classes < 2 or self._unlabelled):
-                found = f"{self._unlabelled} images without a label" if self._unlabelled else "one class only"
-                raise SimsError(
-                    f"{self.recipe.data.path} has {found}, but {setting} needs labels; import labelled images, "
-                    f"or set network.conditional=false and features.kind=pixels"
-                )
-
-    def _check_shape(self) -> None:
-        if self.recipe.train.checkpoint is not None:
-            self._check_own_base()
-        _, height, width = self.shape
-        network = self.recipe.network
-        halvings = len(network.channel_mult) - 1
-        if self.recipe.train.checkpoint is None and (height != width or height % 2**halvings):
-            raise SimsError(
-                f"{self.recipe.data.path} holds {height}x{width} images, but the {halvings + 1} levels of "
-                f"network.channel_mult need squares that divide by {2**halvings}; "
-                f"import with --size, or give fewer levels"
-            )
-        if self.recipe.features.kind == "pixels" and math.prod(self.shape) > PIXEL_FEATURES:
-            raise SimsError(
-                f"{self.recipe.data.path} has {math.prod(self.shape)} values per image, but features.kind=pixels takes "
-                f"{PIXEL_FEATURES} at most; import with a smaller --size, or label the images"
-            )
-
-    def _check_own_base(self) -> None:
-        network, where = self.own_base_card["network"], self.recipe.train.checkpoint
-        made_for = (network["img_channels"], network["img_resolution"], network["img_resolution"])
-        if made_for != self.shape:
-            raise SimsError(
-                f"train.checkpoint={where} makes images of {made_for}, but {self.recipe.data.path} holds {self.shape}; "
-                f"import the images in the size and channels of the base"
-            )
-        if network["label_dim"] and (network["label_dim"] < self.num_classes or self._unlabelled):
-            raise SimsError(
-                f"train.checkpoint={where} knows {network['label_dim']} classes, but {self.recipe.data.path} has "
-                f"{self.num_classes} and {self._unlabelled} images without a label; give the base's own classes"
-            )
-
-    @cached_property
-    def network(self) -> dict[str, Any]:
-        """Entry `network` of every checkpoint card of this run."""
-        if self.recipe.train.checkpoint is not None:
-            return dict(self.own_base_card["network"])
-        augmented = bool(self.recipe.train.augment or self.recipe.finetune.augment)
-        return network_entry(self.recipe.network, self.shape, self.num_classes, augmented)
-
-    @cached_property
-    def own_base_card(self) -> dict[str, Any]:
-        """Card of the base that the user brings.
-
-        Raises:
-            SimsError: the file is no denoiser.
-        """
-        path = Path(str(self.recipe.train.checkpoint))
-        card = read_card(path)
-        if "network" not in card:
-            raise SimsError(f"train.checkpoint={path} holds a {card.get('role', 'file')}, not a denoiser; give a base")
-        return card
-
-    @property
-    def precision(self) -> str:
-        """Dtype of the network on a GPU."""
-        forced, own = self.recipe.compute.precision, self.recipe.train.checkpoint is not None
-        if forced != "auto":
-            return forced
-        return str(self.own_base_card.get("precision", "float32")) if own else self.recipe.network.precision
+        self.inputs = Inputs(recipe, self.store)
 
     @cached_property
     def sampler(self) -> dict[str, Any]:
@@ -148,7 +48,7 @@ class Plan:
     def features(self) -> Artifact:
         """The feature extractor and the real images' moments."""
         settings = self.recipe.features.model_dump(mode="json")
-        return self.store.artifact("features", settings, [self._data_fingerprint])
+        return self.store.artifact("features", settings, [self.inputs.data_fingerprint])
 
     @cached_property
     def base_job(self) -> TrainJob | None:
@@ -157,8 +57,10 @@ class Plan:
         if settings.checkpoint is not None:
             return None
         budgets = (settings.duration_kimg,)
-        artifact = self.store.artifact("train", self._identity(settings, budgets), [self._data_fingerprint])
-        return TrainJob("base", artifact, self.network, settings, budgets, self.table, precision=self.precision)
+        artifact = self.store.artifact("train", self._identity(settings, budgets), [self.inputs.data_fingerprint])
+        return TrainJob(
+            "base", artifact, self.inputs.network, settings, budgets, self.inputs.table, precision=self.inputs.precision
+        )
 
     @cached_property
     def base_artifact(self) -> Artifact:
@@ -191,13 +93,13 @@ class Plan:
         return TrainJob(
             "auxiliary",
             artifact,
-            self.network,
+            self.inputs.network,
             settings,
             settings.budgets_kimg,
             synthetic.path,
             n_s,
             self.base,
-            self.precision,
+            self.inputs.precision,
         )
 
     def model(self, omega: float, budget_kimg: float | None, n_s: int | None) -> SimsModel:
@@ -303,4 +205,4 @@ class Plan:
 
     def _identity(self, settings: OptimizerSettings, budgets: Sequence[float], **extra: Any) -> dict[str, Any]:
         content = settings.model_dump(mode="json", exclude=NOT_CONTENT)
-        return {"network": self.network, "budgets_kimg": list(budgets), **content, **extra}
+        return {"network": self.inputs.network, "budgets_kimg": list(budgets), **content, **extra}

@@ -35,8 +35,10 @@ def model_of_run(out: Path, name: str) -> tuple[SimsModel, SamplerSettings]:
     return model, SamplerSettings(**summary["settings"]["sampler"])
 
 
-def sample_images(target: Path, model: SimsModel, seeds: range, sampler: SamplerSettings) -> Path:
+def sample_images(target: Path, model: SimsModel, seeds: range, sampler: SamplerSettings) -> float:
     """Write one image per seed: a grid if `target` ends in .png, else `<seed>.png` files in the folder `target`.
+
+    Returns the network evaluations per image.
 
     Raises:
         SimsError: a checkpoint is missing or does not fit, or a seed is out of range.
@@ -47,13 +49,14 @@ def sample_images(target: Path, model: SimsModel, seeds: range, sampler: Sampler
     denoiser, card = model.load(device)
     network = card["network"]
     shape = (network["img_channels"], network["img_resolution"], network["img_resolution"])
-    batches = generate(denoiser, shape, seeds, sampler.model_dump(), label_dim=network["label_dim"], device=device)
-    images = torch.cat([batch.images for batch in batches]).numpy()
+    options = sampler.model_dump()
+    batches = list(generate(denoiser, shape, seeds, options, label_dim=network["label_dim"], device=device))
+    images, nfe = torch.cat([batch.images for batch in batches]).numpy(), batches[0].nfe
     if target.suffix.lower() == ".png":
         target.parent.mkdir(parents=True, exist_ok=True)
         contact_sheet(images).save(target)
-        return target
+        return nfe
     target.mkdir(parents=True, exist_ok=True)
     for seed, image in zip(seeds, images, strict=True):
         Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(target / f"{seed:010d}.png")
-    return target
+    return nfe

@@ -62,7 +62,7 @@ class SimsRun:
 
     def import_data(self) -> None:
         """Write the embedded digits as a sample table; a table of the user's is there already."""
-        digits = self.plan.digits
+        digits = self.plan.inputs.digits
         if digits is not None and not digits.complete:
             import_digits(digits)
 
@@ -71,7 +71,7 @@ class SimsRun:
         self.import_data()
         artifact, settings = self.plan.features, self.recipe.features
         self._ensure(
-            artifact, "features", lambda: make_features(artifact, settings, self.plan.table, self.recipe.compute)
+            artifact, "features", lambda: make_features(artifact, settings, self.plan.inputs.table, self.recipe.compute)
         )
 
     def train_base(self) -> None:

@@ -23,7 +23,7 @@ def summarise(plan: Plan, selected: Mapping[str, Any]) -> dict[str, Any]:
         "metric": plan.report_evaluations(selected)["base"][0].metric,
         "n_images": plan.recipe.evaluate.n_images,
         "blocks": plan.recipe.evaluate.blocks,
-        "num_real": len(SampleTable(plan.table)),
+        "num_real": len(SampleTable(plan.inputs.table)),
         "table": result_rows(plan, selected),
         "selected": dict(selected),
         "models": models(plan, selected),

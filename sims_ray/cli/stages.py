@@ -1,0 +1,137 @@
+"""The verbs that make the stages of a run, and those that show recipes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from sims_ray.config import Recipe, builtin_recipes, load_recipe, presets
+
+app = typer.Typer()
+
+RecipeArg = Annotated[str, typer.Argument(help="Built-in recipe name or path of a YAML file.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a setting: section.key=value. Repeatable.")
+]
+OutOption = Annotated[Path | None, typer.Option("--out", help="Output folder; default runs/<recipe name>.")]
+DryOption = Annotated[bool, typer.Option("--dry-run", help="List all stages and which are complete; change nothing.")]
+
+
+def _open(recipe: str, overrides: list[str] | None, out: Path | None) -> tuple[Recipe, Path]:
+    settings = load_recipe(recipe, overrides or [])
+    return settings, out or Path("runs") / settings.name
+
+
+def _run(
+    recipe: str, overrides: list[str] | None, out: Path | None, dry_run: bool, action: Callable[[Any], None]
+) -> None:
+    """Open the run, then do the action, or with `dry_run` only list the stages."""
+    settings, folder = _open(recipe, overrides, out)
+    from sims_ray.studies.sims import SimsRun
+
+    run = SimsRun(settings, folder)
+    if dry_run:
+        typer.echo(run.describe())
+    else:
+        action(run)
+
+
+@app.command(epilog="Example: sims run digits --out runs/digits --set tune.omega='[0,1,2]'")
+def run(recipe: RecipeArg, set_: SetOption = None, out: OutOption = None, dry_run: DryOption = False) -> None:
+    """Run SIMS end to end: base, synthetic set, auxiliary, sweep, report."""
+
+    def action(run: Any) -> None:
+        typer.echo(run.closing_words(run.report()))
+
+    _run(recipe, set_, out, dry_run, action)
+
+
+@app.command(epilog="Example: sims train digits --set train.duration_kimg=50")
+def train(recipe: RecipeArg, set_: SetOption = None, out: OutOption = None, dry_run: DryOption = False) -> None:
+    """Train the base model on the real images."""
+    _run(recipe, set_, out, dry_run, lambda run: _say(run.train_base(), run.plan.base))
+
+
+@app.command(epilog="Example: sims synthesize digits --set tune.n_s='[4000]'")
+def synthesize(recipe: RecipeArg, set_: SetOption = None, out: OutOption = None, dry_run: DryOption = False) -> None:
+    """Sample the synthetic set S from the base (trains the base first if it is not there)."""
+    _run(recipe, set_, out, dry_run, lambda run: _say(run.synthesize(), run.plan.synthesis_job.artifact.path))
+
+
+@app.command(epilog="Example: sims finetune digits --set finetune.budgets_kimg='[10,20]'")
+def finetune(recipe: RecipeArg, set_: SetOption = None, out: OutOption = None, dry_run: DryOption = False) -> None:
+    """Fine-tune the auxiliary on S, with a snapshot at each budget."""
+
+    def action(run: Any) -> None:
+        run.finetune()
+        for n_s in run.recipe.tune.n_s:
+            typer.echo(run.plan.finetune_job(n_s).artifact.path)
+
+    _run(recipe, set_, out, dry_run, action)
+
+
+@app.command(epilog="Example: sims evaluate digits --omega 1 --budget 40 --n-s 4000")
+def evaluate(
+    recipe: RecipeArg,
+    omega: Annotated[float, typer.Option(help="Guidance strength; 0 is the base, -1 the auxiliary.")] = 0.0,
+    budget: Annotated[float | None, typer.Option(help="Fine-tuning budget B in kimg; default the largest.")] = None,
+    n_s: Annotated[int | None, typer.Option("--n-s", help="Synthetic-set size; default the largest.")] = None,
+    set_: SetOption = None,
+    out: OutOption = None,
+    dry_run: DryOption = False,
+) -> None:
+    """Measure the Fréchet distance of one model on the report seeds."""
+
+    def action(run: Any) -> None:
+        for block, result in enumerate(run.measure(*run.plan.cell(omega, budget, n_s))):
+            typer.echo(f"block {block}: {result['metric']} = {result['distance']:.3f}")
+
+    _run(recipe, set_, out, dry_run, action)
+
+
+@app.command(epilog="Example: sims tune digits --set tune.omega='[0,0.5,1,2]'")
+def tune(recipe: RecipeArg, set_: SetOption = None, out: OutOption = None, dry_run: DryOption = False) -> None:
+    """Search omega, B and n_s with Ray Tune."""
+
+    def action(run: Any) -> None:
+        selected = run.tune()
+        typer.echo(
+            f"selected omega={selected['omega']:g}, B={selected['budget_kimg']:g} kimg, n_s={selected['n_s']}: "
+            f"{selected['metric']} = {selected['distance']:.3f} on the selection seeds"
+        )
+
+    _run(recipe, set_, out, dry_run, action)
+
+
+@app.command(epilog="Example: sims report digits")
+def report(recipe: RecipeArg, set_: SetOption = None, out: OutOption = None, dry_run: DryOption = False) -> None:
+    """Measure the selected model on fresh seeds and write report.html (makes what is missing)."""
+    run(recipe, set_, out, dry_run)
+
+
+@app.command(epilog="Example: sims config digits --set train.lr=1e-3")
+def config(recipe: RecipeArg, set_: SetOption = None) -> None:
+    """Print the resolved settings of a recipe."""
+    typer.echo(yaml.safe_dump(load_recipe(recipe, set_ or []).model_dump(mode="json"), sort_keys=False), nl=False)
+
+
+@app.command()
+def recipes() -> None:
+    """List the built-in recipes."""
+    typer.echo("\n".join(builtin_recipes()))
+
+
+@app.command("presets")
+def presets_() -> None:
+    """Show the published models that are built in: network, training, sampling and reported scores."""
+    from sims_ray.studies.presets import presets_table
+
+    typer.echo(presets_table(presets()))
+
+
+def _say(_: None, path: Path) -> None:
+    typer.echo(path)

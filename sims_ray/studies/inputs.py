@@ -1,0 +1,144 @@
+"""What a run starts from: the real images, and the network they are fitted with or a base that is there already."""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from sims_ray.config import Recipe
+from sims_ray.config.architecture import network_entry
+from sims_ray.data.table import SampleTable
+from sims_ray.errors import SimsError
+from sims_ray.storage.artifacts import Store
+from sims_ray.storage.checkpoints import read_card
+
+DIGITS = "digits"
+DIGITS_SHAPE, DIGITS_CLASSES = (1, 8, 8), 10
+PIXEL_FEATURES = 4096  # the covariance of more fills memory
+
+
+class Inputs:
+    """The real images and the network of one recipe.
+
+    Args:
+        recipe: the resolved settings.
+        store: where the embedded digits are imported to.
+
+    Attributes:
+        digits: the artifact of the embedded digits, if the recipe uses them.
+        table: folder of the sample table.
+        shape: (C, H, W) of the images.
+        num_classes: K.
+        data_fingerprint: of the sample table.
+
+    Raises:
+        SimsError: the images do not fit the network, there is no sample table at data.path, or no base at
+            train.checkpoint.
+    """
+
+    def __init__(self, recipe: Recipe, store: Store) -> None:
+        self.recipe = recipe
+        self.digits = store.artifact("import", {"source": DIGITS}) if recipe.data.path == DIGITS else None
+        self.table = self.digits.path if self.digits else Path(recipe.data.path).resolve()
+        self.shape: tuple[int, int, int] = DIGITS_SHAPE
+        self.num_classes = DIGITS_CLASSES
+        self.data_fingerprint = self.digits.fingerprint if self.digits else ""
+        self._unlabelled = 0
+        if self.digits is None:
+            table = self._own_table()
+            self.shape, self.num_classes, self._unlabelled = table.shape, table.num_classes, table.unlabelled
+            self.data_fingerprint = table.fingerprint
+        self._check_images()
+
+    def _own_table(self) -> SampleTable:
+        try:
+            return SampleTable(self.table)
+        except SimsError as error:
+            raise SimsError(
+                f"data.path={self.recipe.data.path} is not a sample table ({error}); "
+                f"make one with `sims data import IMAGES OUT` and give OUT"
+            ) from None
+
+    def _check_images(self) -> None:
+        self._check_shape()
+        needs = {
+            "network.conditional=true": self.recipe.network.conditional and not self.own_base,
+            "features.kind=classifier": self.recipe.features.kind == "classifier",
+        }
+        for setting, needed in needs.items():
+            if needed and (self.num_classes < 2 or self._unlabelled):
+                found = f"{self._unlabelled} images without a label" if self._unlabelled else "one class only"
+                raise SimsError(
+                    f"{self.recipe.data.path} has {found}, but {setting} needs labels; import labelled images, "
+                    f"or set network.conditional=false and features.kind=pixels"
+                )
+
+    def _check_shape(self) -> None:
+        if self.own_base:
+            self._check_own_base()
+        _, height, width = self.shape
+        network = self.recipe.network
+        halvings = len(network.channel_mult) - 1
+        if not self.own_base and (height != width or height % 2**halvings):
+            raise SimsError(
+                f"{self.recipe.data.path} holds {height}x{width} images, but the {halvings + 1} levels of "
+                f"network.channel_mult need squares that divide by {2**halvings}; "
+                f"import with --size, or give fewer levels"
+            )
+        if self.recipe.features.kind == "pixels" and math.prod(self.shape) > PIXEL_FEATURES:
+            raise SimsError(
+                f"{self.recipe.data.path} has {math.prod(self.shape)} values per image, but features.kind=pixels takes "
+                f"{PIXEL_FEATURES} at most; import with a smaller --size, or label the images"
+            )
+
+    def _check_own_base(self) -> None:
+        network, where = self.own_base_card["network"], self.recipe.train.checkpoint
+        made_for = (network["img_channels"], network["img_resolution"], network["img_resolution"])
+        if made_for != self.shape:
+            raise SimsError(
+                f"train.checkpoint={where} makes images of {made_for}, but {self.recipe.data.path} holds {self.shape}; "
+                f"import the images in the size and channels of the base"
+            )
+        if network["label_dim"] and (network["label_dim"] < self.num_classes or self._unlabelled):
+            raise SimsError(
+                f"train.checkpoint={where} knows {network['label_dim']} classes, but {self.recipe.data.path} has "
+                f"{self.num_classes} and {self._unlabelled} images without a label; give the base's own classes"
+            )
+        if self.recipe.finetune.augment and not network.get("augment_dim"):
+            raise SimsError(
+                f"train.checkpoint={where} is not told augmentations, but finetune.augment="
+                f"{self.recipe.finetune.augment:g}; set it to 0"
+            )
+
+    @property
+    def own_base(self) -> bool:
+        """Whether the user brings a base."""
+        return self.recipe.train.checkpoint is not None
+
+    @cached_property
+    def network(self) -> dict[str, Any]:
+        """Entry `network` of every checkpoint card of this run."""
+        if self.own_base:
+            return dict(self.own_base_card["network"])
+        augmented = bool(self.recipe.train.augment or self.recipe.finetune.augment)
+        return network_entry(self.recipe.network, self.shape, self.num_classes, augmented)
+
+    @cached_property
+    def own_base_card(self) -> dict[str, Any]:
+        """Card of the base that the user brings.
+
+        Raises:
+            SimsError: the file is no denoiser.
+        """
+        path = Path(str(self.recipe.train.checkpoint))
+        card = read_card(path)
+        if "network" not in card:
+            raise SimsError(f"train.checkpoint={path} holds a {card.get('role', 'file')}, not a denoiser; give a base")
+        return card
+
+    @property
+    def precision(self) -> str:
+        """Dtype of the network on a GPU."""
+        return str(self.own_base_card.get("precision")) if self.own_base else self.recipe.network.precision

@@ -1,0 +1,74 @@
+"""A base that the user brings: improved without being trained."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sims_ray.data.table import SampleTable
+from sims_ray.errors import SimsError
+from sims_ray.storage.checkpoints import load_tensors, save_tensors
+from sims_ray.studies.sims import SimsRun
+from tests.conftest import TinyRecipe
+from tests.networks import SETTINGS, small_network
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.safetensors"
+    card = {"role": "base", "network": SETTINGS, "nimg": 5, "licence": "CC BY-NC-SA 4.0"}
+    save_tensors(path, small_network().state_dict(), card)
+    return path
+
+
+def test_a_base_of_the_users_is_improved_without_training_and_hands_on_its_licence(
+    base: Path, out: Path, tiny: TinyRecipe
+) -> None:
+    recipe = tiny(f"train.checkpoint={base}")
+    run = SimsRun(recipe, out)
+    assert "train base" not in run.describe()
+    summary = run.report()
+    copied, card = load_tensors(run.plan.base)
+    assert all(torch.equal(copied[name], tensor) for name, tensor in load_tensors(base)[0].items())
+    assert [row["model"] for row in summary["table"]] == ["base", "auxiliary", "SIMS"]
+    _, aux_card = load_tensors(run.plan.finetune_job(96).artifact.path / "ema-1kimg.safetensors")
+    assert aux_card["licence"] == card["licence"]
+    assert "base" not in summary["losses"]
+    base.unlink()  # the output folder is complete in itself
+    assert len(SampleTable(run.plan.synthesis_job.artifact.path)) == 96
+
+
+def test_another_base_makes_other_artifacts_and_the_same_one_under_another_name_the_same(
+    base: Path, tmp_path: Path, out: Path, tiny: TinyRecipe
+) -> None:
+    renamed, other = tmp_path / "renamed.safetensors", tmp_path / "other.safetensors"
+    renamed.write_bytes(base.read_bytes())
+    save_tensors(other, small_network(1).state_dict(), {"role": "base", "network": SETTINGS, "nimg": 5})
+    paths = [SimsRun(tiny(f"train.checkpoint={path}"), out).plan.base for path in (base, renamed, other)]
+    assert paths[0] == paths[1] != paths[2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "card", "sentence"),
+    [
+        ({"img_resolution": 16}, {}, r"makes images of \(1, 16, 16\), but digits holds \(1, 8, 8\)"),
+        ({"label_dim": 3}, {}, "knows 3 classes, but digits has 10"),
+        ({}, {"finetune.augment": 0.1}, "is not told augmentations"),
+    ],
+)
+def test_a_base_that_does_not_fit_the_images_is_refused_before_any_work(
+    settings: dict[str, int], card: dict[str, float], sentence: str, tmp_path: Path, out: Path, tiny: TinyRecipe
+) -> None:
+    path = tmp_path / "mine.safetensors"
+    network = {**SETTINGS, **settings}
+    save_tensors(path, small_network(**settings).state_dict(), {"role": "base", "network": network, "nimg": 5})
+    overrides = [f"{key}={value}" for key, value in card.items()]
+    with pytest.raises(SimsError, match=sentence):
+        SimsRun(tiny(f"train.checkpoint={path}", *overrides), out)
+    assert not out.exists()
+
+
+def test_a_missing_base_is_refused_before_any_work(out: Path, tiny: TinyRecipe) -> None:
+    with pytest.raises(SimsError, match="no checkpoint at nowhere"):
+        SimsRun(tiny("train.checkpoint=nowhere.safetensors"), out)
+    assert not out.exists()
