@@ -112,7 +112,7 @@ def sims_guidance(base: Denoiser, aux: Denoiser | None, omega: float) -> Denoise
 def shared_encoder_guidance(base: Precond, aux: Precond, omega: float) -> Denoiser:
     """SIMS with an auxiliary whose decoder alone was fine-tuned: the encoder runs once, 1.5 evaluations.
 
-    SIMS, arXiv 2408.16333, App. A ("decoder-only"). omega = 0 returns the base.
+    SIMS, arXiv 2408.16333, App. A ("decoder-only"). omega = 0 returns the base, omega = -1 the auxiliary.
 
     Raises:
         ValueError: the two networks differ outside their decoders.
@@ -122,14 +122,16 @@ def shared_encoder_guidance(base: Precond, aux: Precond, omega: float) -> Denois
             f"the networks differ in {different}, outside their decoders; "
             f"fine-tune the decoder alone to share the encoder, or use sims_guidance"
         )
-    return base if omega == 0 else SharedEncoder(base, aux, omega)
+    if omega in (0, -1):
+        return aux if omega else base
+    return SharedEncoder(base, aux, omega)
 
 
 def encoder_difference(base: Precond, aux: Precond) -> str | None:
-    """Name of the first tensor outside the decoder in which two networks differ, or None."""
+    """Name of the first tensor outside the decoder, by the alphabet, in which two networks differ, or None."""
     own, others = base.state_dict(), aux.state_dict()
     decoder = decoder_parameters(base)
-    for name in (own.keys() | others.keys()) - decoder:
+    for name in sorted((own.keys() | others.keys()) - decoder):
         if name.startswith("logvar_"):  # plays no part in denoising
             continue
         if name not in own or name not in others or not torch.equal(own[name], others[name]):

@@ -154,6 +154,8 @@ def ancestral_sampler(
     Returns:
         The images and their cost: N calls of `denoiser`.
     """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta={eta:g} is no share of the ancestral noise; choose one from 0 to 1")
     if eta > 0 and streams is None:
         raise ValueError("eta > 0 draws noise in every step; pass the SeedStreams of the images")
     if variance not in ("posterior", "beta") or (variance == "beta" and eta != 1):
@@ -164,7 +166,7 @@ def ancestral_sampler(
         for t, s in itertools.pairwise(schedule):
             denoised = _denoised(at_step(denoiser, t), x, t, labels)
             v = eta**2 * s**2 * (t**2 - s**2) / t**2
-            x = denoised + (s**2 - v) ** 0.5 / t * (x - denoised)
+            x = denoised + max(s**2 - v, 0) ** 0.5 / t * (x - denoised)  # not below 0 by rounding
             if v > 0 and streams is not None:
                 if variance == "beta":  # beta_t / alpha_bar_s, the same mean
                     v = (1 + s**2) * (t**2 - s**2) / (1 + t**2)

@@ -150,6 +150,9 @@ class GroupNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise [B, C, H, W]."""
+        if self.weight.requires_grad and not x.requires_grad and torch.is_grad_enabled() and x.device.type == "cpu":
+            # Behind a frozen encoder. torch 2.13 ends the process in the backward pass of such a norm on a CPU.
+            x = x.detach().requires_grad_()
         return F.group_norm(x, self.groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 

@@ -1,0 +1,61 @@
+"""Every architecture and training policy goes through a whole run."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sims_ray.storage.checkpoints import load_tensors
+from sims_ray.storage.posthoc import PATTERN, reconstruct
+from sims_ray.studies.sims import SimsRun
+from tests.conftest import TinyRecipe
+
+NUM_STEPS = 4
+EDM2 = (
+    "network.architecture=edm2", "network.model_channels=16", "network.channels_per_head=8", "network.conditional=true",
+    "train.ema_stds=[0.05,0.1]", "train.ema_snapshot_kimg=0.5", "train.gradient_limit=0", "train.lr_decay_kimg=1",
+    "finetune.ema_stds=[0.05,0.1]", "finetune.ema_snapshot_kimg=0.25",
+)  # fmt: skip
+ADM = ("network.architecture=adm", "network.model_channels=16", "network.channels_per_head=8")
+NCSNPP = ("network.architecture=ncsnpp", "train.augment=0.1")
+
+
+def nfe_by_model(summary: dict[str, object]) -> dict[str, float]:
+    return {row["model"]: row["evaluations_per_image"] for row in summary["table"]}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("settings", [EDM2, ADM, NCSNPP], ids=["edm2", "adm", "ncsnpp"])
+def test_a_run_with_any_architecture_ends_with_a_table_whose_costs_are_those_of_theory(
+    settings: tuple[str, ...], out: Path, tiny: TinyRecipe
+) -> None:
+    summary = SimsRun(tiny(*settings), out).report()
+    base = 2 * NUM_STEPS - 1
+    assert nfe_by_model(summary) == {"base": base, "auxiliary": base, "SIMS": 2 * base}
+
+
+@pytest.mark.parametrize("settings", [EDM2, ()], ids=["edm2", "ddpmpp"])
+def test_an_auxiliary_trained_in_its_decoder_alone_costs_half_as_much_again_as_the_base(
+    settings: tuple[str, ...], out: Path, tiny: TinyRecipe
+) -> None:
+    summary = SimsRun(tiny(*settings, "finetune.trainable=decoder"), out).report()
+    base = 2 * NUM_STEPS - 1
+    assert nfe_by_model(summary) == {"base": base, "auxiliary": base, "SIMS": 1.5 * base}
+
+
+def test_a_guidance_interval_costs_one_more_evaluation_per_one_inside(out: Path, tiny: TinyRecipe) -> None:
+    # 4 steps start at 80, 9.7, 0.47, 0.002: one of them, with two evaluations, lies inside.
+    summary = SimsRun(tiny("guidance.sigma_lo=1", "guidance.sigma_hi=10"), out).report()
+    base = 2 * NUM_STEPS - 1
+    assert nfe_by_model(summary) == {"base": base, "auxiliary": base, "SIMS": base + 2}
+
+
+def test_a_power_function_snapshot_is_the_average_that_its_stored_ones_reconstruct(out: Path, tiny: TinyRecipe) -> None:
+    run = SimsRun(tiny(*EDM2, "train.ema_std=0.12"), out)
+    run.train_base()
+    tensors, card = load_tensors(run.plan.base)
+    assert card["ema"] == {"kind": "power", "std": 0.12}
+    again, again_card = reconstruct(list(run.plan.base.parent.glob(PATTERN)), 0.12)
+    assert again_card["nimg"] == card["nimg"]
+    assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
+    other, _ = reconstruct(list(run.plan.base.parent.glob(PATTERN)), 0.05)
+    assert any(not torch.equal(other[name], tensor) for name, tensor in tensors.items())
