@@ -66,7 +66,7 @@ def merge(
     from sims_ray.storage.conversion import merge_checkpoints
 
     card = merge_checkpoints(base, aux, out, w)
-    if card["network"]["architecture"] == "edm2_unet":
+    if card["network"].get("architecture") == "edm2_unet":
         typer.echo("note: EDM2 normalises its weights in every pass, so only their directions were extrapolated")
     typer.echo(out)
 

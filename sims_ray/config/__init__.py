@@ -4,21 +4,18 @@
 before any work, with its dotted name.
 """
 
+from sims_ray.config.base import SEED_LIMIT
 from sims_ray.config.loading import builtin_recipes, load_recipe
 from sims_ray.config.presets import Preset, presets
 from sims_ray.config.settings import (
-    SEED_LIMIT,
     ComputeSettings,
     FeatureSettings,
-    FinetuneSettings,
     GuidanceSettings,
-    NetworkSettings,
-    OptimizerSettings,
     Recipe,
     SamplerSettings,
     TrackingSettings,
-    TrainSettings,
 )
+from sims_ray.config.training import FinetuneSettings, NetworkSettings, OptimizerSettings, TrainSettings
 
 __all__ = [
     "SEED_LIMIT",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sims_ray.config.settings import NetworkSettings
+from sims_ray.config.training import NetworkSettings
 
 AUGMENT_DIM = 9  # width of the label that EDM's augmentation gives the network
 NCSNPP = {

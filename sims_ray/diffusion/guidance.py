@@ -63,15 +63,19 @@ class Interval:
 
 @dataclass(frozen=True)
 class SharedEncoder:
-    """Extrapolation of two networks that differ in their decoders only: one encoder pass, two decoder passes."""
+    """Extrapolation of two networks that differ in their decoders only: one encoder pass, two decoder passes.
+
+    The first `layers` layers of the decoder are the same too and run once. They are counted with the decoder.
+    """
 
     base: Precond
     aux: Precond
     weight: float
+    layers: int = 0
 
     def __call__(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
         """Denoise x [B, C, H, W] at sigma [B]."""
-        features = self.base.encode(x, sigma, labels)
+        features = self.base.encode(x, sigma, labels, self.layers)
         d_base = self.base.decode(features)
         record(encoders=1, decoders=2)
         return d_base + self.weight * (d_base - self.aux.decode(features))
@@ -112,7 +116,8 @@ def sims_guidance(base: Denoiser, aux: Denoiser | None, omega: float) -> Denoise
 def shared_encoder_guidance(base: Precond, aux: Precond, omega: float) -> Denoiser:
     """SIMS with an auxiliary whose decoder alone was fine-tuned: the encoder runs once, 1.5 evaluations.
 
-    SIMS, arXiv 2408.16333, App. A ("decoder-only"). omega = 0 returns the base, omega = -1 the auxiliary.
+    SIMS, arXiv 2408.16333, App. A ("decoder-only"). omega = 0 returns the base, omega = -1 the auxiliary. Decoder
+    layers that are equal in both, from the lowest resolution on, run once as well.
 
     Raises:
         ValueError: the two networks differ outside their decoders.
@@ -124,7 +129,7 @@ def shared_encoder_guidance(base: Precond, aux: Precond, omega: float) -> Denois
         )
     if omega in (0, -1):
         return aux if omega else base
-    return SharedEncoder(base, aux, omega)
+    return SharedEncoder(base, aux, omega, _equal_layers(base, aux))
 
 
 def encoder_difference(base: Precond, aux: Precond) -> str | None:
@@ -137,6 +142,18 @@ def encoder_difference(base: Precond, aux: Precond) -> str | None:
         if name not in own or name not in others or not torch.equal(own[name], others[name]):
             return name
     return None
+
+
+def _equal_layers(base: Precond, aux: Precond) -> int:
+    """How many layers the two decoders have in common before the first difference."""
+    pairs = zip(base.network.dec.values(), aux.network.dec.values(), strict=True)
+    count = 0
+    for ours, theirs in pairs:
+        others = theirs.state_dict()
+        if not all(torch.equal(tensor, others[name]) for name, tensor in ours.state_dict().items()):
+            break
+        count += 1
+    return count
 
 
 def autoguidance(main: Denoiser, guide: Denoiser | None, scale: float) -> Denoiser:

@@ -45,6 +45,7 @@ class Optimization:
         loss_scale: factor of the loss, against underflow in float16; Adam does not depend on it.
         augment: probability of each of EDM's augmentations; 0 for none.
         trainable: 'all', or 'decoder' for an auxiliary that shares the base's encoder.
+        trainable_resolution: with 'decoder', its layers below this resolution are shared as well.
     """
 
     batch_size: int
@@ -62,6 +63,7 @@ class Optimization:
     loss_scale: float = 1.0
     augment: float = 0.0
     trainable: str = "all"
+    trainable_resolution: int = 0
 
     def learning_rate(self, nimg: int) -> float:
         """Learning rate of the step that starts at `nimg` images seen (EDM2, arXiv 2312.02696, eq. 67)."""
@@ -118,7 +120,7 @@ class Training:
         per_worker = settings.batch_size // world_size
         self._slice = slice(rank * per_worker, (rank + 1) * per_worker)
         self.averages = {name: copy.deepcopy(net).eval().requires_grad_(False) for name in settings.averages}
-        self._parameters = _trainable(net, settings.trainable)
+        self._parameters = _trainable(net, settings.trainable, settings.trainable_resolution)
         self.optimizer = torch.optim.Adam(
             self._parameters, lr=settings.lr, betas=settings.adam_betas, eps=ADAM_EPS, fused=True
         )
@@ -221,11 +223,11 @@ def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _trainable(net: Precond, which: str) -> list[nn.Parameter]:
+def _trainable(net: Precond, which: str, resolution: int) -> list[nn.Parameter]:
     """Freeze what is not to train; returns the rest."""
     if which not in ("all", "decoder"):
         raise ValueError(f"trainable={which!r} is unknown; choose 'all' or 'decoder'")
-    decoder = decoder_parameters(net)
+    decoder = decoder_parameters(net, resolution)
     for name, parameter in net.named_parameters():
         parameter.requires_grad_(which == "all" or name in decoder or name.startswith("logvar_"))
     return [parameter for parameter in net.parameters() if parameter.requires_grad]

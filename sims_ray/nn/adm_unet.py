@@ -126,13 +126,18 @@ class DhariwalUNet(nn.Module):
             skips.append(x)
         return Encoded(x, tuple(skips), emb)
 
-    def decode(self, encoded: Encoded) -> Tensor:
-        """Run the decoder on what `encode` returned."""
+    def advance(self, encoded: Encoded, layers: int) -> Encoded:
+        """Run the decoder until `layers` of its layers are done."""
         x, skips = encoded.x, list(encoded.skips)
-        for name, layer in self.dec.items():
+        for name, layer in list(self.dec.items())[encoded.layer : layers]:
             if "block" in name:
                 x = torch.cat([x, skips.pop()], dim=1)
             x = layer(x, encoded.emb)
+        return Encoded(x, tuple(skips), encoded.emb, layers)
+
+    def decode(self, encoded: Encoded) -> Tensor:
+        """Run what is left of the decoder."""
+        x = self.advance(encoded, len(self.dec)).x
         out: Tensor = self.out_conv(F.silu(self.out_norm(x)))
         return out
 

@@ -20,17 +20,21 @@ MAX_GROUPS = 32
 
 
 class Encoded(NamedTuple):
-    """What the encoder half of a U-Net hands to its decoder half.
+    """A U-Net between two layers of its decoder; at first between encoder and decoder.
 
     Attributes:
-        x: features at the lowest resolution.
-        skips: features of every encoder layer, first layer first.
+        x: features.
+        skips: features of those encoder layers that the decoder still needs, first layer first.
         emb: embedding of noise level and labels [B, emb_channels].
+        layer: how many decoder layers are done.
+        image: the output so far, where the decoder builds it up over several layers.
     """
 
     x: Tensor
     skips: tuple[Tensor, ...]
     emb: Tensor
+    layer: int = 0
+    image: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,8 @@ def num_parameters(net: nn.Module) -> int:
     return sum(parameter.numel() for parameter in net.parameters())
 
 
-def decoder_parameters(net: Precond) -> set[str]:
-    """Names of the parameters after the last encoder layer: those that train when the encoder is shared."""
+def decoder_parameters(net: Precond, resolution: int = 0) -> set[str]:
+    """Names of the parameters after the last encoder layer, of the decoder's layers from `resolution` pixels up."""
     prefix = "unet." if isinstance(net, EDM2Precond) else "model."
-    halves = (f"{prefix}dec.", f"{prefix}out_")
-    return {name for name, _ in net.named_parameters() if name.startswith(halves)}
+    layers = tuple(f"{prefix}dec.{name}." for name in net.network.dec if int(name.partition("x")[0]) >= resolution)
+    return {name for name, _ in net.named_parameters() if name.startswith((*layers, f"{prefix}out_"))}

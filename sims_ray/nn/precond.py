@@ -14,6 +14,8 @@ from sims_ray.nn.layers import Encoded
 class RawNetwork(Protocol):
     """F(x, c_noise, labels, augment_labels), in two halves: the decoder on what the encoder returns."""
 
+    dec: nn.ModuleDict
+
     def __call__(self, x: Tensor, c_noise: Tensor, labels: Tensor | None, augment_labels: Tensor | None, /) -> Tensor:
         """Evaluate the raw network."""
         ...
@@ -24,8 +26,12 @@ class RawNetwork(Protocol):
         """Run the embedding and the encoder."""
         ...
 
+    def advance(self, encoded: Encoded, layers: int) -> Encoded:
+        """Run the decoder until `layers` of its layers are done."""
+        ...
+
     def decode(self, encoded: Encoded) -> Tensor:
-        """Run the decoder."""
+        """Run what is left of the decoder."""
         ...
 
 
@@ -39,7 +45,7 @@ class _Inputs(NamedTuple):
 
 
 class Features(NamedTuple):
-    """The encoder half of one evaluation, which several decoders may share.
+    """The first part of one evaluation, which several networks may share.
 
     Attributes:
         inputs: what the preconditioning needs to finish.
@@ -78,18 +84,19 @@ class Precond(nn.Module):
         inputs = self._inputs(x, sigma, labels)
         return _finish(inputs, self.network(inputs.x_in, inputs.c_noise, inputs.labels, augment_labels))
 
-    def encode(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Features:
-        """The first half of `forward`."""
+    def encode(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None, decoder_layers: int = 0) -> Features:
+        """The first part of `forward`: the encoder and the first `decoder_layers` layers of the decoder."""
         inputs = self._inputs(x, sigma, labels)
-        return Features(inputs, self.network.encode(inputs.x_in, inputs.c_noise, inputs.labels))
+        encoded = self.network.encode(inputs.x_in, inputs.c_noise, inputs.labels)
+        return Features(inputs, self.network.advance(encoded, decoder_layers) if decoder_layers else encoded)
 
     def decode(self, features: Features) -> Tensor:
-        """The second half of `forward`, on features that may come from another network's encoder."""
+        """The rest of `forward`, on features that may come from another network."""
         return _finish(features.inputs, self.network.decode(features.encoded))
 
     def compile_network(self) -> None:
         """Compile the raw network and its halves on their next use, one graph per batch size."""
-        for method in ("forward", "encode", "decode"):
+        for method in ("forward", "encode", "advance", "decode"):
             setattr(self.network, method, torch.compile(getattr(self.network, method), dynamic=False))
 
     def _inputs(self, x: Tensor, sigma: Tensor, labels: Tensor | None) -> _Inputs:

@@ -174,23 +174,25 @@ class SongUNet(nn.Module):
                 skips.append(x)
         return Encoded(x, tuple(skips), emb)
 
-    def decode(self, encoded: Encoded) -> Tensor:
-        """Run the decoder on what `encode` returned."""
-        x, skips = encoded.x, list(encoded.skips)
-        image: Tensor | None = None
-        normed = x
-        for name, layer in self.dec.items():
+    def advance(self, encoded: Encoded, layers: int) -> Encoded:
+        """Run the decoder until `layers` of its layers are done."""
+        x, skips, image = encoded.x, list(encoded.skips), encoded.image
+        for name, layer in list(self.dec.items())[encoded.layer : layers]:
             if isinstance(layer, UNetBlock):
                 if layer.in_channels != x.shape[1]:
                     x = torch.cat([x, skips.pop()], dim=1)
                 x = layer(x, encoded.emb)
             elif "aux_up" in name:
                 image = layer(image)
-            elif "aux_norm" in name:
-                normed = layer(x)
-            else:
-                part = layer(F.silu(normed))
+            elif "aux_conv" in name:
+                norm = self.dec[name.replace("aux_conv", "aux_norm")]
+                part = layer(F.silu(norm(x)))
                 image = part if image is None else part + image
+        return Encoded(x, tuple(skips), encoded.emb, layers, image)
+
+    def decode(self, encoded: Encoded) -> Tensor:
+        """Run what is left of the decoder."""
+        image = self.advance(encoded, len(self.dec)).image
         if image is None:
             raise RuntimeError("the decoder has no output layer")
         return image

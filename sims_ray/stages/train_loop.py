@@ -75,6 +75,7 @@ class TrainJob:
             loss_scale=s.loss_scale,
             augment=s.augment,
             trainable=self.trainable,
+            trainable_resolution=s.trainable_resolution if isinstance(s, FinetuneSettings) else 0,
         )
 
     @property

@@ -67,7 +67,7 @@ class SimsModel:
             compiled: compile the networks on first use.
 
         Raises:
-            SimsError: a file is no checkpoint, the auxiliary is missing, or the two networks differ.
+            SimsError: a file is no checkpoint, the auxiliary is missing, the networks differ, the interval is empty.
         """
         base, card = _load(self.base, device, precision, compiled)
         if self.omega == 0:
@@ -80,12 +80,12 @@ class SimsModel:
                 f"{self.aux} and {self.base} hold different networks; fine-tune the auxiliary from this base"
             )
         shared = aux_card.get("trainable") == "decoder"
+        sigma_hi = math.inf if self.sigma_hi is None else self.sigma_hi
         try:
             guided = (shared_encoder_guidance if shared else sims_guidance)(base, aux, self.omega)
+            return guidance_interval(guided, base, self.sigma_lo, sigma_hi), card
         except ValueError as error:
             raise SimsError(f"{self.aux} and {self.base}: {error}") from None
-        sigma_hi = math.inf if self.sigma_hi is None else self.sigma_hi
-        return guidance_interval(guided, base, self.sigma_lo, sigma_hi), card
 
 
 @lru_cache(maxsize=CACHED_MODELS)

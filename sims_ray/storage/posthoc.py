@@ -71,7 +71,7 @@ def reconstruct(paths: Sequence[Path], std: float, nimg: int | None = None) -> t
         )
     except ValueError as error:
         raise SimsError(f"{used[-1].parent}: {error}") from None
-    return _combined(used, weights.tolist(), last), {**last, "ema": power_ema(std), "nimg": end}
+    return _combined(used, weights.tolist(), last), {**last, "ema": power_ema(std)}
 
 
 def _combined(paths: Sequence[Path], weights: Sequence[float], card: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -87,6 +87,11 @@ class Inputs:
                 f"network.channel_mult need squares that divide by {2**halvings}; "
                 f"import with --size, or give fewer levels"
             )
+        if (lowest := self.recipe.finetune.trainable_resolution) > height:
+            raise SimsError(
+                f"finetune.trainable_resolution={lowest} is above the {height} pixels of the images, so that nothing "
+                f"would train; lower it"
+            )
         if self.recipe.features.kind == "pixels" and math.prod(self.shape) > PIXEL_FEATURES:
             raise SimsError(
                 f"{self.recipe.data.path} has {math.prod(self.shape)} values per image, but features.kind=pixels takes "

@@ -5,14 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sims_ray.cli import main
+from tests.cli.words import sims
 from tests.conftest import LOCAL, TINY
-
-
-def sims(*words: str | Path) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main([str(word) for word in words])
-    return int(ended.value.code or 0)
 
 
 def settings() -> list[str]:
