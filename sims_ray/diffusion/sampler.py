@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,6 +44,7 @@ def sigma_schedule(
     return torch.cat([(high + ramp * (low - high)) ** rho, torch.zeros(1, dtype=dtype)])
 
 
+@torch.no_grad()
 def heun_sampler(
     denoiser: Denoiser,
     latents: Tensor,
@@ -55,6 +56,7 @@ def heun_sampler(
     S_min: float = 0.0,
     S_max: float = float("inf"),
     S_noise: float = 1.0,
+    correct: bool = True,
 ) -> Sampled:
     """Integrate the probability-flow ODE with Heun's method, optionally churned (EDM, Algorithms 1 and 2).
 
@@ -65,40 +67,11 @@ def heun_sampler(
         sigmas: noise levels [N + 1], the last one 0; their dtype is the dtype of the sampler's state.
         streams: source of the churn noise; needed when S_churn > 0.
         S_churn, S_min, S_max, S_noise: stochasticity as in EDM table 5.
+        correct: whether to make the second-order correction; without, this is Euler's method.
 
     Returns:
-        The images and their cost: 2N - 1 calls of `denoiser`.
+        The images and their cost: 2N - 1 calls of `denoiser`, N without the correction.
     """
-    return _ode_sampler(denoiser, latents, labels, sigmas, streams, (S_churn, S_min, S_max, S_noise), correct=True)
-
-
-def euler_sampler(
-    denoiser: Denoiser,
-    latents: Tensor,
-    labels: Tensor | None = None,
-    *,
-    sigmas: Tensor,
-    streams: SeedStreams | None = None,
-    S_churn: float = 0.0,
-    S_min: float = 0.0,
-    S_max: float = float("inf"),
-    S_noise: float = 1.0,
-) -> Sampled:
-    """`heun_sampler` without the second-order correction: N calls of `denoiser`."""
-    return _ode_sampler(denoiser, latents, labels, sigmas, streams, (S_churn, S_min, S_max, S_noise), correct=False)
-
-
-@torch.no_grad()
-def _ode_sampler(
-    denoiser: Denoiser,
-    latents: Tensor,
-    labels: Tensor | None,
-    sigmas: Tensor,
-    streams: SeedStreams | None,
-    churn: tuple[float, float, float, float],
-    correct: bool,
-) -> Sampled:
-    S_churn, S_min, S_max, S_noise = churn
     if S_churn > 0 and streams is None:
         raise ValueError("S_churn > 0 draws noise in every step; pass the SeedStreams of the images")
     num_steps = len(sigmas) - 1
@@ -124,6 +97,11 @@ def _ode_sampler(
                 x_next = x + (t_next - t_hat) * (d_cur + d_prime) / 2
             x = x_next
     return Sampled(x, tally.nfe)
+
+
+def euler_sampler(denoiser: Denoiser, latents: Tensor, labels: Tensor | None = None, **options: Any) -> Sampled:
+    """`heun_sampler` without the second-order correction, with the same options: N calls of `denoiser`."""
+    return heun_sampler(denoiser, latents, labels, correct=False, **options)
 
 
 @torch.no_grad()
@@ -174,16 +152,9 @@ def ancestral_sampler(
     return Sampled(x, tally.nfe)
 
 
-def ddim_sampler(
-    denoiser: Denoiser,
-    latents: Tensor,
-    labels: Tensor | None = None,
-    *,
-    sigmas: Tensor,
-    streams: SeedStreams | None = None,
-) -> Sampled:
-    """`ancestral_sampler` without noise."""
-    return ancestral_sampler(denoiser, latents, labels, sigmas=sigmas, streams=streams, eta=0.0)
+def ddim_sampler(denoiser: Denoiser, latents: Tensor, labels: Tensor | None = None, **options: Any) -> Sampled:
+    """`ancestral_sampler` without noise, with the same options."""
+    return ancestral_sampler(denoiser, latents, labels, eta=0.0, **options)
 
 
 def _denoised(denoiser: Denoiser, x: Tensor, t: float, labels: Tensor | None) -> Tensor:

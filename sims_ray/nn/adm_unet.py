@@ -22,6 +22,7 @@ from sims_ray.nn.layers import (
     UNetBlock,
     drop_labels,
 )
+from sims_ray.nn.layout import Layer, unet_layout
 
 EPS = 1e-5
 THIRD = math.sqrt(1 / 3)
@@ -72,38 +73,21 @@ class DhariwalUNet(nn.Module):
         self.map_label = Linear(label_dim, emb_channels, bias=False, init=label_init) if label_dim else None
         style = BlockStyle(dropout, EPS, 1.0, True, channels_per_head, False, (1, 1), init, ZERO, init)
 
-        def block(cin: int, cout: int, *, attention: bool = False, **resample: bool) -> UNetBlock:
-            return UNetBlock(cin, cout, emb_channels, style, attention=attention, **resample)
+        def block(layer: Layer, attention: bool) -> UNetBlock:
+            up, down = layer.kind == "up", layer.kind == "down"
+            return UNetBlock(layer.cin, layer.cout, emb_channels, style, up=up, down=down, attention=attention)
 
-        self.enc = nn.ModuleDict()
         widths = [model_channels * mult for mult in channel_mult]
-        resolutions = [img_resolution >> level for level in range(len(widths))]
-        cout = widths[0]
-        skips = []
-        for level, (res, width) in enumerate(zip(resolutions, widths, strict=True)):
-            if level == 0:
-                self.enc[f"{res}x{res}_conv"] = Conv2d(img_channels, cout, 3, init=init)
-            else:
-                self.enc[f"{res}x{res}_down"] = block(cout, cout, down=True)
-            skips.append(cout)
-            for i in range(num_blocks):
-                self.enc[f"{res}x{res}_block{i}"] = block(cout, width, attention=res in attn_resolutions)
-                cout = width
-                skips.append(cout)
-
-        self.dec = nn.ModuleDict()
-        for level, (res, width) in reversed(list(enumerate(zip(resolutions, widths, strict=True)))):
-            if level == len(widths) - 1:
-                self.dec[f"{res}x{res}_in0"] = block(cout, cout, attention=True)
-                self.dec[f"{res}x{res}_in1"] = block(cout, cout)
-            else:
-                self.dec[f"{res}x{res}_up"] = block(cout, cout, up=True)
-            for i in range(num_blocks + 1):
-                attention = res in attn_resolutions
-                self.dec[f"{res}x{res}_block{i}"] = block(cout + skips.pop(), width, attention=attention)
-                cout = width
-        self.out_norm = GroupNorm(cout, EPS)
-        self.out_conv = Conv2d(cout, img_channels, 3, init=ZERO)
+        encoder, decoder = unet_layout(img_resolution, img_channels, widths[0], widths, num_blocks)
+        self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
+        self.enc[encoder[0].name] = Conv2d(img_channels, widths[0], 3, init=init)
+        for layer in encoder[1:]:
+            self.enc[layer.name] = block(layer, layer.kind == "block" and layer.res in attn_resolutions)
+        for layer in decoder:
+            attention = layer.kind == "in0" or (layer.kind == "block" and layer.res in attn_resolutions)
+            self.dec[layer.name] = block(layer, attention)
+        self.out_norm = GroupNorm(widths[0], EPS)
+        self.out_conv = Conv2d(widths[0], img_channels, 3, init=ZERO)
 
     def embed(self, c_noise: Tensor, labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
         """Embed c_noise [B], labels [B, K] and augment_labels [B, A] into [B, emb_channels]."""

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sims_ray.nn.layers import Encoded, drop_labels
+from sims_ray.nn.layout import Layer, unet_layout
 
 NORM_EPS = 1e-4
 SILU_MAGNITUDE = 0.596  # root mean square of silu of a standard normal
@@ -104,7 +105,7 @@ class Block(nn.Module):
     Args:
         in_channels, out_channels, emb_channels: widths.
         flavor: 'enc' or 'dec'.
-        resample: 'keep', 'up' or 'down'.
+        resample: 'up' or 'down'; anything else keeps the resolution.
         attention: whether self-attention follows.
         channels_per_head: attention width.
         dropout: probability.
@@ -217,41 +218,23 @@ class EDM2UNet(nn.Module):
         self.emb_noise = MPConv(cnoise, cemb)
         self.emb_label = MPConv(label_dim, cemb) if label_dim else None
 
-        def block(cin: int, cout: int, flavor: str, *, attention: bool = False, resample: str = "keep") -> Block:
+        def block(layer: Layer, flavor: str, attention: bool) -> Block:
             return Block(
-                cin, cout, cemb, flavor=flavor, resample=resample, attention=attention,
+                layer.cin, layer.cout, cemb, flavor=flavor, resample=layer.kind, attention=attention,
                 channels_per_head=channels_per_head, dropout=dropout,
                 res_balance=res_balance, attn_balance=attn_balance, clip_act=clip_act,
             )  # fmt: skip
 
-        self.enc = nn.ModuleDict()
-        resolutions = [img_resolution >> level for level in range(len(widths))]
-        cout = img_channels + 1  # a channel of ones stands in for the biases
-        skips = []
-        for level, (res, width) in enumerate(zip(resolutions, widths, strict=True)):
-            if level == 0:
-                self.enc[f"{res}x{res}_conv"] = MPConv(cout, width, (3, 3))
-                cout = width
-            else:
-                self.enc[f"{res}x{res}_down"] = block(cout, cout, "enc", resample="down")
-            skips.append(cout)
-            for i in range(num_blocks):
-                self.enc[f"{res}x{res}_block{i}"] = block(cout, width, "enc", attention=res in attn_resolutions)
-                cout = width
-                skips.append(cout)
-
-        self.dec = nn.ModuleDict()
-        for level, (res, width) in reversed(list(enumerate(zip(resolutions, widths, strict=True)))):
-            if level == len(widths) - 1:
-                self.dec[f"{res}x{res}_in0"] = block(cout, cout, "dec", attention=True)
-                self.dec[f"{res}x{res}_in1"] = block(cout, cout, "dec")
-            else:
-                self.dec[f"{res}x{res}_up"] = block(cout, cout, "dec", resample="up")
-            for i in range(num_blocks + 1):
-                cin = cout + skips.pop()
-                self.dec[f"{res}x{res}_block{i}"] = block(cin, width, "dec", attention=res in attn_resolutions)
-                cout = width
-        self.out_conv = MPConv(cout, img_channels, (3, 3))
+        # A channel of ones beside the image stands in for the biases.
+        encoder, decoder = unet_layout(img_resolution, img_channels + 1, widths[0], widths, num_blocks)
+        self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
+        self.enc[encoder[0].name] = MPConv(img_channels + 1, widths[0], (3, 3))
+        for layer in encoder[1:]:
+            self.enc[layer.name] = block(layer, "enc", layer.kind == "block" and layer.res in attn_resolutions)
+        for layer in decoder:
+            attention = layer.kind == "in0" or (layer.kind == "block" and layer.res in attn_resolutions)
+            self.dec[layer.name] = block(layer, "dec", attention)
+        self.out_conv = MPConv(widths[0], img_channels, (3, 3))
 
     def embed(self, c_noise: Tensor, labels: Tensor | None) -> Tensor:
         """Embed c_noise [B] and labels [B, K] into [B, emb_channels]."""

@@ -23,6 +23,7 @@ from sims_ray.nn.layers import (
     UNetBlock,
     drop_labels,
 )
+from sims_ray.nn.layout import Layer, unet_layout
 
 EPS = 1e-6
 NEAR_ZERO = Init(weight=1e-5)
@@ -99,50 +100,37 @@ class SongUNet(nn.Module):
             dropout, EPS, math.sqrt(0.5), False, None, True, taps, Init(), NEAR_ZERO, Init(weight=math.sqrt(0.2))
         )
 
-        def block(cin: int, cout: int, res: int, *, attention: bool | None = None, **resample: bool) -> UNetBlock:
-            attend = res in attn_resolutions if attention is None else attention
-            return UNetBlock(cin, cout, emb_channels, style, attention=attend, **resample)
+        def block(layer: Layer, attention: bool) -> UNetBlock:
+            up, down = layer.kind == "up", layer.kind == "down"
+            return UNetBlock(layer.cin, layer.cout, emb_channels, style, up=up, down=down, attention=attention)
 
-        self.enc = nn.ModuleDict()
         widths = [model_channels * mult for mult in channel_mult]
-        resolutions = [img_resolution >> level for level in range(len(widths))]
-        cout, caux = model_channels, img_channels
-        skips = []
-        for level, (res, width) in enumerate(zip(resolutions, widths, strict=True)):
-            name = f"{res}x{res}"
-            if level == 0:
-                self.enc[f"{name}_conv"] = Conv2d(img_channels, cout, 3)
-            else:
-                self.enc[f"{name}_down"] = block(cout, cout, res, attention=False, down=True)
-                if encoder_type == "skip":
-                    self.enc[f"{name}_aux_down"] = Conv2d(caux, caux, 0, down=True, filter_taps=taps)
-                    self.enc[f"{name}_aux_skip"] = Conv2d(caux, cout, 1)
-                if encoder_type == "residual":
-                    self.enc[f"{name}_aux_residual"] = Conv2d(caux, cout, 3, down=True, filter_taps=taps, fused=True)
-                    caux = cout
-            skips.append(cout)
-            for i in range(num_blocks):
-                self.enc[f"{name}_block{i}"] = block(cout, width, res)
-                cout = width
-                skips.append(cout)
+        encoder, decoder = unet_layout(img_resolution, img_channels, model_channels, widths, num_blocks)
+        self.enc = nn.ModuleDict()
+        caux = img_channels
+        for layer in encoder:
+            if layer.kind == "conv":
+                self.enc[layer.name] = Conv2d(layer.cin, layer.cout, 3)
+                continue
+            self.enc[layer.name] = block(layer, layer.kind == "block" and layer.res in attn_resolutions)
+            name = f"{layer.res}x{layer.res}_aux"
+            if layer.kind == "down" and encoder_type == "skip":
+                self.enc[f"{name}_down"] = Conv2d(caux, caux, 0, down=True, filter_taps=taps)
+                self.enc[f"{name}_skip"] = Conv2d(caux, layer.cout, 1)
+            if layer.kind == "down" and encoder_type == "residual":
+                self.enc[f"{name}_residual"] = Conv2d(caux, layer.cout, 3, down=True, filter_taps=taps, fused=True)
+                caux = layer.cout
 
         self.dec = nn.ModuleDict()
-        for level, (res, width) in reversed(list(enumerate(zip(resolutions, widths, strict=True)))):
-            name = f"{res}x{res}"
-            if level == len(widths) - 1:
-                self.dec[f"{name}_in0"] = block(cout, cout, res, attention=True)
-                self.dec[f"{name}_in1"] = block(cout, cout, res, attention=False)
-            else:
-                self.dec[f"{name}_up"] = block(cout, cout, res, attention=False, up=True)
-            for i in range(num_blocks + 1):
-                attention = i == num_blocks and res in attn_resolutions
-                self.dec[f"{name}_block{i}"] = block(cout + skips.pop(), width, res, attention=attention)
-                cout = width
-            if decoder_type == "skip" or level == 0:
-                if decoder_type == "skip" and level < len(widths) - 1:
-                    self.dec[f"{name}_aux_up"] = Conv2d(img_channels, img_channels, 0, up=True, filter_taps=taps)
-                self.dec[f"{name}_aux_norm"] = GroupNorm(cout, EPS)
-                self.dec[f"{name}_aux_conv"] = Conv2d(cout, img_channels, 3, init=NEAR_ZERO)
+        for layer in decoder:
+            last = layer.kind == "block" and layer.number == num_blocks
+            self.dec[layer.name] = block(layer, layer.kind == "in0" or (last and layer.res in attn_resolutions))
+            if last and (decoder_type == "skip" or layer.res == img_resolution):
+                name = f"{layer.res}x{layer.res}_aux"
+                if decoder_type == "skip" and layer.res != decoder[0].res:
+                    self.dec[f"{name}_up"] = Conv2d(img_channels, img_channels, 0, up=True, filter_taps=taps)
+                self.dec[f"{name}_norm"] = GroupNorm(layer.cout, EPS)
+                self.dec[f"{name}_conv"] = Conv2d(layer.cout, img_channels, 3, init=NEAR_ZERO)
 
     def embed(self, c_noise: Tensor, labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
         """Embed c_noise [B], labels [B, K] and augment_labels [B, A] into [B, emb_channels]."""
