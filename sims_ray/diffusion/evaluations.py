@@ -60,13 +60,17 @@ _counted: ContextVar[Evaluations | None] = ContextVar("evaluations", default=Non
 
 @contextmanager
 def count_evaluations() -> Iterator[Evaluations]:
-    """Count the network evaluations that `evaluate` makes inside the block, in this thread."""
+    """Count the network evaluations that `evaluate` makes inside the block, in this thread.
+
+    Blocks add up: what a sampler counts, a block around it counts too.
+    """
     tally = Evaluations()
     token = _counted.set(tally)
     try:
         yield tally
     finally:
         _counted.reset(token)
+        record(tally.encoders, tally.decoders)
 
 
 def evaluate(denoiser: Denoiser, x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sims_ray.diffusion.evaluations import Denoiser, at_step, evaluate, record
-from sims_ray.nn.networks import decoder_parameters
+from sims_ray.nn.networks import UNCERTAINTY, decoder_parameters
 from sims_ray.nn.precond import Precond
 
 
@@ -134,10 +134,12 @@ def shared_encoder_guidance(base: Precond, aux: Precond, omega: float) -> Denois
 
 def encoder_difference(base: Precond, aux: Precond) -> str | None:
     """Name of the first tensor outside the decoder, by the alphabet, in which two networks differ, or None."""
+    if base.sigma_data != aux.sigma_data:
+        return "sigma_data"
     own, others = base.state_dict(), aux.state_dict()
     decoder = decoder_parameters(base)
     for name in sorted((own.keys() | others.keys()) - decoder):
-        if name.startswith("logvar_"):  # plays no part in denoising
+        if name.startswith(UNCERTAINTY):  # plays no part in denoising
             continue
         if name not in own or name not in others or not torch.equal(own[name], others[name]):
             return name

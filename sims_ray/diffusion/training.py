@@ -19,7 +19,7 @@ from sims_ray.diffusion.augment import AUGMENT_DIM, augment, draw_augmentation
 from sims_ray.diffusion.loss import DenoisingLoss, draw_noise
 from sims_ray.diffusion.noise import epoch_order, step_generator
 from sims_ray.nn.ema import ema_beta, power_beta, update_ema
-from sims_ray.nn.networks import decoder_parameters
+from sims_ray.nn.networks import trainable_parameters
 from sims_ray.nn.precond import Precond
 
 ADAM_EPS = 1e-8
@@ -120,7 +120,9 @@ class Training:
         per_worker = settings.batch_size // world_size
         self._slice = slice(rank * per_worker, (rank + 1) * per_worker)
         self.averages = {name: copy.deepcopy(net).eval().requires_grad_(False) for name in settings.averages}
-        self._parameters = _trainable(net, settings.trainable, settings.trainable_resolution)
+        self._parameters = _train_only(
+            net, trainable_parameters(net, settings.trainable, settings.trainable_resolution)
+        )
         self.optimizer = torch.optim.Adam(
             self._parameters, lr=settings.lr, betas=settings.adam_betas, eps=ADAM_EPS, fused=True
         )
@@ -223,11 +225,8 @@ def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _trainable(net: Precond, which: str, resolution: int) -> list[nn.Parameter]:
-    """Freeze what is not to train; returns the rest."""
-    if which not in ("all", "decoder"):
-        raise ValueError(f"trainable={which!r} is unknown; choose 'all' or 'decoder'")
-    decoder = decoder_parameters(net, resolution)
+def _train_only(net: Precond, names: set[str]) -> list[nn.Parameter]:
+    """Freeze the other parameters; returns those named."""
     for name, parameter in net.named_parameters():
-        parameter.requires_grad_(which == "all" or name in decoder or name.startswith("logvar_"))
+        parameter.requires_grad_(name in names)
     return [parameter for parameter in net.parameters() if parameter.requires_grad]

@@ -22,6 +22,7 @@ def merge(base: Precond, aux: Precond, w: float) -> Precond:
         ValueError: the networks have different parameters.
     """
     merged = copy.deepcopy(base)
+    merged.uncompile_network()
     ours, theirs = dict(merged.named_parameters()), dict(aux.named_parameters())
     for name in sorted(ours.keys() | theirs.keys()):
         if name not in ours or name not in theirs or ours[name].shape != theirs[name].shape:

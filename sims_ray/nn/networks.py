@@ -13,6 +13,7 @@ from sims_ray.nn.edm2_unet import EDM2UNet
 from sims_ray.nn.precond import EDM2Precond, EDMPrecond, Precond
 from sims_ray.nn.song_unet import SongUNet
 
+UNCERTAINTY = "logvar_"
 ARCHITECTURES = ("song_unet", "adm_unet", "edm2_unet")
 
 
@@ -38,7 +39,7 @@ def build_network(settings: Mapping[str, Any]) -> Precond:
     return EDMPrecond(network(**options), options.get("label_dim", 0), sigma_data)
 
 
-def describe_network(settings: Mapping[str, Any]) -> nn.Module:
+def describe_network(settings: Mapping[str, Any]) -> Precond:
     """The network of `settings` without memory for its weights, to look at names, shapes and counts."""
     with torch.device("meta"):
         return build_network(settings)
@@ -47,6 +48,22 @@ def describe_network(settings: Mapping[str, Any]) -> nn.Module:
 def num_parameters(net: nn.Module) -> int:
     """Learned values of a network; buffers do not count."""
     return sum(parameter.numel() for parameter in net.parameters())
+
+
+def trainable_parameters(net: Precond, which: str = "all", resolution: int = 0) -> set[str]:
+    """Names of the parameters that train: 'all', or those of the 'decoder' from `resolution` pixels up.
+
+    EDM2's learned uncertainty trains in any case; it plays no part in denoising.
+
+    Raises:
+        ValueError: another word.
+    """
+    if which not in ("all", "decoder"):
+        raise ValueError(f"trainable={which!r} is unknown; choose 'all' or 'decoder'")
+    decoder = decoder_parameters(net, resolution)
+    return {
+        name for name, _ in net.named_parameters() if which == "all" or name in decoder or name.startswith(UNCERTAINTY)
+    }
 
 
 def decoder_parameters(net: Precond, resolution: int = 0) -> set[str]:

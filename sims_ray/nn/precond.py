@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from sims_ray.nn.edm2_unet import EDM2UNet, MPConv, MPFourier
 from sims_ray.nn.layers import Encoded
 
+COMPILED = ("forward", "encode", "advance", "decode")
+
 
 class RawNetwork(Protocol):
     """F(x, c_noise, labels, augment_labels), in two halves: the decoder on what the encoder returns."""
@@ -96,8 +98,13 @@ class Precond(nn.Module):
 
     def compile_network(self) -> None:
         """Compile the raw network and its halves on their next use, one graph per batch size."""
-        for method in ("forward", "encode", "advance", "decode"):
+        for method in COMPILED:
             setattr(self.network, method, torch.compile(getattr(self.network, method), dynamic=False))
+
+    def uncompile_network(self) -> None:
+        """Undo `compile_network`; a copy of a compiled network needs it, as it would go on computing the original."""
+        for method in COMPILED:
+            vars(self.network).pop(method, None)
 
     def _inputs(self, x: Tensor, sigma: Tensor, labels: Tensor | None) -> _Inputs:
         x = x.to(torch.float32)

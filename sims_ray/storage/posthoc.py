@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sims_ray.errors import SimsError
 from sims_ray.nn.ema import posthoc_weights
-from sims_ray.nn.networks import describe_network
+from sims_ray.nn.networks import describe_network, trainable_parameters
 from sims_ray.storage.checkpoints import load_tensors, read_card, save_tensors
 
 PATTERN = "average-*.safetensors"
@@ -23,9 +23,9 @@ def average_path(folder: Path, nimg: int, std: float) -> Path:
 
 
 def save_average(folder: Path, nimg: int, std: float, tensors: Mapping[str, Tensor], card: Mapping[str, Any]) -> None:
-    """Store one average in float16, as EDM2's releases do; buffers keep their precision."""
-    buffers = _buffers(card)
-    halved = {name: t if name in buffers else t.to(torch.float16) for name, t in tensors.items()}
+    """Store one average in float16, as EDM2's releases do; buffers and what does not train keep their precision."""
+    fixed = _fixed(card)
+    halved = {name: t if name in fixed else t.to(torch.float16) for name, t in tensors.items()}
     save_tensors(
         average_path(folder, nimg, std), halved, {**card, "role": "average", "nimg": nimg, "ema": power_ema(std)}
     )
@@ -45,7 +45,7 @@ def reconstruct(paths: Sequence[Path], std: float, nimg: int | None = None) -> t
         nimg: where it ends, in images seen; None for the last stored one.
 
     Returns:
-        Tensors (float32; buffers as in the last average) and card.
+        Tensors (float32; what does not train as in the last average) and card.
 
     Raises:
         SimsError: no averages, files that are none, of different networks, or a width that does not exist.
@@ -76,11 +76,11 @@ def reconstruct(paths: Sequence[Path], std: float, nimg: int | None = None) -> t
 
 def _combined(paths: Sequence[Path], weights: Sequence[float], card: Mapping[str, Any]) -> dict[str, Tensor]:
     """Weighted sum over the files, one in memory at a time."""
-    buffers = _buffers(card)
+    fixed = _fixed(card)
     total: dict[str, Tensor] = {}
     for path, weight in zip(paths, weights, strict=True):
         for name, tensor in load_tensors(path)[0].items():
-            if name in buffers:
+            if name in fixed:
                 total[name] = tensor
             elif name in total:
                 total[name].add_(tensor.to(torch.float32), alpha=weight)
@@ -89,5 +89,8 @@ def _combined(paths: Sequence[Path], weights: Sequence[float], card: Mapping[str
     return total
 
 
-def _buffers(card: Mapping[str, Any]) -> set[str]:
-    return {name for name, _ in describe_network(card["network"]).named_buffers()}
+def _fixed(card: Mapping[str, Any]) -> set[str]:
+    """Names of what is the same in all averages of a run: buffers, and parameters that do not train."""
+    net = describe_network(card["network"])
+    resolution = card.get("optimization", {}).get("trainable_resolution", 0)
+    return net.state_dict().keys() - trainable_parameters(net, card.get("trainable", "all"), resolution)

@@ -33,13 +33,17 @@ def test_a_run_with_any_architecture_ends_with_a_table_whose_costs_are_those_of_
     assert nfe_by_model(summary) == {"base": base, "auxiliary": base, "SIMS": 2 * base}
 
 
-@pytest.mark.parametrize("settings", [EDM2, ()], ids=["edm2", "ddpmpp"])
+@pytest.mark.parametrize(
+    "settings", [EDM2, ("finetune.trainable_resolution=8",)], ids=["edm2", "ddpmpp, upper decoder"]
+)
 def test_an_auxiliary_trained_in_its_decoder_alone_costs_half_as_much_again_as_the_base(
     settings: tuple[str, ...], out: Path, tiny: TinyRecipe
 ) -> None:
     summary = SimsRun(tiny(*settings, "finetune.trainable=decoder"), out).report()
     base = 2 * NUM_STEPS - 1
     assert nfe_by_model(summary) == {"base": base, "auxiliary": base, "SIMS": 1.5 * base}
+    blocks = [row["blocks"] for row in summary["table"]]
+    assert blocks[0] != blocks[1] != blocks[2]  # the decoder did train
 
 
 def test_a_guidance_interval_costs_one_more_evaluation_per_one_inside(out: Path, tiny: TinyRecipe) -> None:
