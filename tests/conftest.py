@@ -1,6 +1,9 @@
 """Shared fixtures: a recipe of seconds, and one local Ray cluster for the whole session."""
 
 import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: on few cores its threads are in each other's way
+
 from collections.abc import Callable, Iterator
 from pathlib import Path
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sims_ray.config.training import NetworkSettings
+from sims_ray.errors import SimsError
 
 AUGMENT_DIM = 9  # width of the label that EDM's augmentation gives the network
 NCSNPP = {
@@ -26,7 +27,12 @@ def network_entry(
         shape: (C, R, R) of the images.
         num_classes: K, used if the network is conditional.
         augmented: whether the network is told augmentations.
+
+    Raises:
+        SimsError: a resolution with attention has channels that do not divide into heads.
     """
+    if settings.architecture in ("adm", "edm2"):
+        _check_heads(settings, shape[1])
     entry = settings.model_dump(mode="json", exclude={"architecture", "conditional", "precision"})
     if CLASSES[settings.architecture] == "song_unet":
         del entry["channels_per_head"]  # a single head
@@ -40,3 +46,15 @@ def network_entry(
         "img_channels": shape[0],
         "label_dim": num_classes if settings.conditional else 0,
     }
+
+
+def _check_heads(settings: NetworkSettings, img_resolution: int) -> None:
+    """Attention would be left out of a resolution that is narrower than a head, without a word."""
+    for level, mult in enumerate(settings.channel_mult):
+        res, width = img_resolution >> level, settings.model_channels * mult
+        attends = res in settings.attn_resolutions or level == len(settings.channel_mult) - 1
+        if attends and width % settings.channels_per_head:
+            raise SimsError(
+                f"network: the {width} channels at {res}x{res} do not divide into attention heads of "
+                f"channels_per_head={settings.channels_per_head}; change one of them"
+            )

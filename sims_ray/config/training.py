@@ -27,16 +27,6 @@ class NetworkSettings(Settings):
     sigma_data: Positive = Field(0.5, description="standard deviation of the images in [-1, 1]")
     precision: Precision = Field("float32", description="dtype the network runs in on a GPU")
 
-    @model_validator(mode="after")
-    def _heads(self) -> Self:
-        lowest = self.model_channels * self.channel_mult[-1]
-        if self.architecture in ("adm", "edm2") and lowest < self.channels_per_head:
-            raise ValueError(
-                f"channels_per_head={self.channels_per_head} exceeds the {lowest} channels of the lowest resolution, "
-                f"which would be left without attention; lower it, or widen the network"
-            )
-        return self
-
 
 class OptimizerSettings(Settings):
     """What base training and fine-tuning share: Adam, batch, EMA, noise distribution."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sims_ray.diffusion.evaluations import Denoiser
-from sims_ray.diffusion.noise import SeedStreams
+from sims_ray.diffusion.noise import SeedStreams, to_device
 from sims_ray.diffusion.sampler import CHURNED, SAMPLERS, sigma_schedule, to_uint8
 
 SCHEDULE_KEYS = ("num_steps", "sigma_min", "sigma_max", "rho")
@@ -67,6 +67,6 @@ def generate(
         streams = SeedStreams(batch)
         latents = streams.randn(shape, torch.float32, device)
         classes = streams.randint(label_dim) if label_dim else None
-        labels = None if classes is None else F.one_hot(classes, label_dim).to(device, torch.float32)
+        labels = None if classes is None else to_device(F.one_hot(classes, label_dim), device).to(torch.float32)
         sampled = SAMPLERS[solver](denoiser, latents, labels, sigmas=sigmas, streams=streams, **churn)
         yield Batch(batch, to_uint8(sampled.images).cpu(), classes, sampled.nfe)

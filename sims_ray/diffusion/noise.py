@@ -9,6 +9,13 @@ from torch import Tensor
 SEED_LIMIT = 2**32  # the per-image generators take 32-bit seeds: a larger one would repeat a smaller one's image
 
 
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Copy a tensor from the host to where the network lives, without waiting for the device."""
+    if torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)  # from pageable memory the copy would wait
+    return tensor.to(device)
+
+
 class SeedStreams:
     """One CPU random stream per image, so that an image's noise does not depend on its batch.
 
@@ -23,9 +30,7 @@ class SeedStreams:
     def randn(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
         """Standard normal noise [B, *shape]."""
         noise = torch.stack([torch.randn(*shape, generator=g, dtype=dtype) for g in self._generators])
-        if torch.device(device).type == "cuda":
-            return noise.pin_memory().to(device, non_blocking=True)  # from pageable memory the copy would wait
-        return noise.to(device)
+        return to_device(noise, device)
 
     def randint(self, high: int) -> Tensor:
         """One integer in [0, high) per image: int64 [B]."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sims_ray.diffusion.augment import AUGMENT_DIM, augment, draw_augmentation
 from sims_ray.diffusion.loss import DenoisingLoss, draw_noise
-from sims_ray.diffusion.noise import epoch_order, step_generator
+from sims_ray.diffusion.noise import epoch_order, step_generator, to_device
 from sims_ray.nn.ema import ema_beta, power_beta, update_ema
 from sims_ray.nn.networks import trainable_parameters
 from sims_ray.nn.precond import Precond
@@ -140,16 +140,16 @@ class Training:
         """Train on the next global batch; nothing here waits for the device."""
         s = self.settings
         rows = epoch_order(s.seed, self.nimg, s.batch_size, len(self._images))[self._slice]
-        images = self._images[rows].to(self.device).to(torch.float32) / 127.5 - 1
-        labels = None if self._labels is None else self._labels[rows].to(self.device)
+        images = to_device(self._images[rows], self.device).to(torch.float32) / 127.5 - 1
+        labels = None if self._labels is None else to_device(self._labels[rows], self.device)
         images, augment_labels = self._augment(images)
         draws = draw_noise(self._generator("noise"), s.batch_size, tuple(images.shape[1:]), s.P_mean, s.P_std)
-        sigma, noise = (draw[self._slice].to(self.device) for draw in draws)
+        sigma, noise = (to_device(draw[self._slice], self.device) for draw in draws)
         torch.manual_seed(self._generator(f"dropout{self._rank}").initial_seed())
 
         losses = self._loss(images, sigma, noise, labels, augment_labels)
         if self._weights is not None:
-            losses = losses * self._weights[rows].to(self.device)
+            losses = losses * to_device(self._weights[rows], self.device)
         self.optimizer.zero_grad(set_to_none=True)
         (losses.mean() * s.loss_scale).backward()
         self._apply_gradients()
@@ -167,7 +167,7 @@ class Training:
             told = getattr(self.net.network, "map_augment", None) is not None
             return images, torch.zeros(len(images), AUGMENT_DIM, device=self.device) if told else None
         a = draw_augmentation(self._generator("augment"), self.settings.batch_size, self.settings.augment)
-        return augment(images, a[self._slice].to(self.device))
+        return augment(images, to_device(a[self._slice], self.device))
 
     def _apply_gradients(self) -> None:
         limit = self.settings.gradient_limit

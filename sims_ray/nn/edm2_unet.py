@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sims_ray.nn.layers import Encoded, drop_labels
+from sims_ray.nn.layers import Encoded, drop_labels, num_heads
 from sims_ray.nn.layout import Layer, unet_layout
 
 NORM_EPS = 1e-4
@@ -131,7 +131,7 @@ class Block(nn.Module):
         super().__init__()
         self.flavor, self.resample, self.dropout = flavor, resample, dropout
         self.res_balance, self.attn_balance, self.clip_act = res_balance, attn_balance, clip_act
-        self.num_heads = out_channels // channels_per_head if attention else 0
+        self.num_heads = num_heads(out_channels, channels_per_head) if attention else 0
         self.emb_gain = nn.Parameter(torch.zeros([]))
         res_channels = out_channels if flavor == "enc" else in_channels
         self.conv_res0 = MPConv(res_channels, out_channels, (3, 3))

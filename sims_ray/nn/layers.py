@@ -160,6 +160,21 @@ class GroupNorm(nn.Module):
         return F.group_norm(x, self.groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
+def num_heads(channels: int, channels_per_head: int | None) -> int:
+    """Attention heads of a layer; none where it is narrower than a head, as in the published networks.
+
+    Raises:
+        ValueError: the channels do not divide into heads.
+    """
+    if channels_per_head is None:
+        return 1
+    if channels >= channels_per_head and channels % channels_per_head:
+        raise ValueError(
+            f"{channels} channels do not divide into heads of {channels_per_head}; change either"
+        )
+    return channels // channels_per_head
+
+
 @dataclass(frozen=True)
 class BlockStyle:
     """What the residual blocks of one network have in common.
@@ -213,9 +228,8 @@ class UNetBlock(nn.Module):
         if in_channels != out_channels or up or down:
             kernel = 1 if style.resample_proj or in_channels != out_channels else 0
             self.skip = Conv2d(in_channels, out_channels, kernel, **resample, init=style.init)  # type: ignore[arg-type]
-        self.num_heads = 0
-        if attention:
-            self.num_heads = out_channels // style.channels_per_head if style.channels_per_head else 1
+        self.num_heads = num_heads(out_channels, style.channels_per_head) if attention else 0
+        if self.num_heads:
             self.norm2 = GroupNorm(out_channels, style.eps)
             self.qkv = Conv2d(out_channels, out_channels * 3, 1, init=style.init_attn)
             self.proj = Conv2d(out_channels, out_channels, 1, init=style.init_zero)

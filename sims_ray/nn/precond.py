@@ -96,6 +96,15 @@ class Precond(nn.Module):
         """The rest of `forward`, on features that may come from another network."""
         return _finish(features.inputs, self.network.decode(features.encoded))
 
+    def run_in(self, precision: str) -> None:
+        """Run the raw network in 'float32', 'bfloat16' or 'float16'.
+
+        float32 means all of its 24 bits: TF32, which cuDNN would otherwise use, is switched off in this process.
+        """
+        self.precision = getattr(torch, precision)
+        if self.precision == torch.float32:
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
     def compile_network(self) -> None:
         """Compile the raw network and its halves on their next use, one graph per batch size."""
         for method in COMPILED:

@@ -115,7 +115,7 @@ def _train(job: TrainJob, config: dict[str, Any]) -> None:
     device = ray.train.torch.get_device()
     training = _build(job, rank, world_size, device, ray.train.torch.prepare_model)
     on_gpu, forced = device.type == "cuda", config["precision"]
-    training.net.precision = getattr(torch, (job.precision if on_gpu else "float32") if forced == AUTO else forced)
+    training.net.run_in((job.precision if on_gpu else "float32") if forced == AUTO else forced)
     if (found := newest_state(job.artifact.path)) is not None:
         training.load_state(found[0], found[1]["nimg"])
     training.check_same_start()

@@ -93,7 +93,7 @@ def _load(path: str, device: str, precision: str, compiled: bool) -> tuple[Preco
     net, card = load_model(Path(path), device)
     if precision == AUTO:
         precision = card.get("precision", "float32") if torch.device(device).type == "cuda" else "float32"
-    net.precision = getattr(torch, precision)
+    net.run_in(precision)
     if compiled:
         net.compile_network()
     return net, card

@@ -3,88 +3,39 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from sims_ray.diffusion.guidance import encoder_difference, shared_encoder_guidance
 from sims_ray.diffusion.loss import DenoisingLoss, draw_noise
 from sims_ray.diffusion.noise import epoch_order, step_generator
-from sims_ray.diffusion.training import Optimization, Training
-from sims_ray.nn.precond import Precond
+from sims_ray.nn.networks import decoder_parameters
 from sims_ray.storage.checkpoints import load_tensors, save_tensors
-from tests.networks import small_network
-
-SETTINGS = Optimization(
-    batch_size=8,
-    lr=1e-3,
-    lr_rampup_nimg=0,
-    ema_halflife_nimg=20,
-    ema_rampup_ratio=None,
-    P_mean=-1.2,
-    P_std=1.2,
-    seed=3,
+from tests.diffusion.runs import (
+    IMAGES,
+    LABELS,
+    SETTINGS,
+    Poisoned,
+    gradients,
+    trainable,
+    training,
+    weights,
+    workers,
 )
-CPU = torch.device("cpu")
-IMAGES = torch.randint(0, 256, (20, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-LABELS = torch.eye(2)[torch.arange(20) % 2]
-
-
-class Point(Precond):
-    """The exact denoiser of a data set of one image."""
-
-    def __init__(self, image: Tensor, sigma_data: float) -> None:
-        super().__init__(sigma_data=sigma_data)
-        self.image = image
-
-    def forward(self, x: Tensor, *_: object) -> Tensor:
-        return self.image.expand_as(x)
-
-
-class Keep(Precond):
-    """Returns the noisy image."""
-
-    def forward(self, x: Tensor, *_: object) -> Tensor:
-        return x
-
-
-class Poisoned(nn.Module):
-    """A loss that is multiplied by something that is no number."""
-
-    def __init__(self, loss: nn.Module, factor: float) -> None:
-        super().__init__()
-        self.loss, self.factor = loss, factor
-
-    def forward(self, *arguments: Tensor | None) -> Tensor:
-        return self.loss(*arguments) * self.factor
-
-
-def trainable(seed: int = 0, dropout: float = 0.0) -> Precond:
-    return small_network(seed, label_dim=2, dropout=dropout).requires_grad_(True)
-
-
-def training(net: Precond, settings: Optimization = SETTINGS, rank: int = 0, world_size: int = 1) -> Training:
-    return Training(net, settings, IMAGES, LABELS, device=CPU, rank=rank, world_size=world_size)
-
-
-def gradients(run: Training) -> Tensor:
-    return torch.cat([p.grad.flatten() for p in run.net.parameters() if p.grad is not None]).clone()
-
-
-def weights(net: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in net.parameters()]).clone()
+from tests.networks import ARCHITECTURES
 
 
 @pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_the_gradients_of_all_workers_average_to_those_of_one(world_size: int) -> None:
     alone = training(trainable())
-    workers = [training(trainable(), rank=rank, world_size=world_size) for rank in range(world_size)]
-    for run in (alone, *workers):
+    team = workers(trainable, SETTINGS, world_size)
+    for run in (alone, *team):
         run.nimg = 16  # the batch crosses the border of an epoch
         run.step()
-    averaged = torch.stack([gradients(run) for run in workers]).mean(0)
+    averaged = torch.stack([gradients(run) for run in team]).mean(0)
     torch.testing.assert_close(averaged, gradients(alone), rtol=1e-3, atol=1e-5 * float(gradients(alone).abs().max()))
-    assert (gradients(workers[0]) - gradients(workers[1])).abs().max() > 0.01 * gradients(alone).abs().max()
+    assert (gradients(team[0]) - gradients(team[1])).abs().max() > 0.01 * gradients(alone).abs().max()
 
 
 def test_a_batch_that_does_not_divide_by_the_workers_is_refused() -> None:
@@ -117,7 +68,7 @@ def test_stopping_and_going_on_equals_going_straight_bit_for_bit(tmp_path: Path,
     save_tensors(tmp_path / "state.safetensors", first.state(), {"nimg": first.nimg})
     tensors, card = load_tensors(tmp_path / "state.safetensors")
     torch.randn(5)  # another process would be elsewhere in the global stream
-    second = training(trainable(seed=9, dropout=0.3), settings)
+    second = training(trainable(9, dropout=0.3), settings)
     second.load_state(tensors, card["nimg"])
     for _ in range(6 - stop):
         second.step()
@@ -165,7 +116,7 @@ def test_the_average_follows_the_weights_by_one_minus_beta() -> None:
 
 @pytest.mark.parametrize("factor", [math.nan, math.inf, -math.inf])
 def test_gradients_that_are_no_numbers_leave_finite_weights_and_training_goes_on(factor: float) -> None:
-    run = Training(trainable(), SETTINGS, IMAGES, LABELS, device=CPU, wrap=lambda net: Poisoned(net, factor))
+    run = training(trainable(), wrap=lambda loss: Poisoned(loss, factor))
     run.step()
     assert not math.isfinite(run.pop_loss())
     assert all(tensor.isfinite().all() for tensor in run.state().values())
@@ -175,27 +126,87 @@ def test_gradients_that_are_no_numbers_leave_finite_weights_and_training_goes_on
     assert math.isfinite(recovered.pop_loss())
 
 
-def test_edm_loss_equals_its_formula_for_the_exact_denoiser_of_a_point() -> None:
-    sigma_data, (sigma, noise) = 0.7, draw_noise(torch.Generator().manual_seed(0), 20, (1, 8, 8), -1.2, 1.2)
-    images, point = IMAGES / 127.5 - 1, torch.linspace(-1, 1, 64).reshape(1, 8, 8)
-    s, y = sigma.double().numpy(), images.double().numpy()
-    weight = (s**2 + sigma_data**2) / (s * sigma_data) ** 2
-    for target in (torch.zeros(1, 8, 8), point):
-        expected = weight * ((target.double().numpy() - y) ** 2).sum((1, 2, 3))
-        losses = DenoisingLoss(Point(target, sigma_data))(images, sigma, noise)
-        np.testing.assert_allclose(losses.numpy(), expected, rtol=1e-5)
+# --- Adam
 
 
-def test_a_denoiser_that_keeps_the_noise_is_charged_the_noise() -> None:
-    sigma, noise = draw_noise(torch.Generator().manual_seed(0), 20, (1, 8, 8), -1.2, 1.2)
-    losses = DenoisingLoss(Keep())(IMAGES / 127.5 - 1, sigma, noise)
-    expected = (sigma**2 + 0.25) / 0.25 * (noise**2).sum((1, 2, 3))
-    torch.testing.assert_close(losses, expected, rtol=1e-3, atol=0)
+def test_adam_s_moments_decay_by_the_betas_of_the_settings() -> None:
+    beta1, beta2 = 0.8, 0.95
+    run = training(trainable(), replace(SETTINGS, adam_betas=(beta1, beta2)))
+    first, second = torch.zeros_like(weights(run.net)), torch.zeros_like(weights(run.net))
+    for _ in range(3):
+        run.step()
+        g = gradients(run)
+        first, second = beta1 * first + (1 - beta1) * g, beta2 * second + (1 - beta2) * g**2
+    for name, expected in (("exp_avg", first), ("exp_avg_sq", second)):
+        moments = [run.optimizer.state[parameter][name].flatten() for parameter in run.net.parameters()]
+        torch.testing.assert_close(torch.cat(moments), expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
 
 
-def test_noise_levels_are_log_normal_and_noise_is_standard_normal() -> None:
-    sigma, noise = draw_noise(torch.Generator().manual_seed(0), 100_000, (2,), -0.4, 1.7)
-    assert float(sigma.log().mean()) == pytest.approx(-0.4, abs=0.02)
-    assert float(sigma.log().std()) == pytest.approx(1.7, abs=0.02)
-    assert float(noise.mean()) == pytest.approx(0, abs=0.01)
-    assert float(noise.std()) == pytest.approx(1, abs=0.01)
+@pytest.mark.parametrize("loss_scale", [8.0, 100.0])
+def test_the_scale_of_the_loss_scales_gradients_and_does_not_matter_to_adam(loss_scale: float) -> None:
+    plain, scaled = training(trainable()), training(trainable(), replace(SETTINGS, loss_scale=loss_scale))
+    start = weights(plain.net)
+    plain.step()
+    scaled.step()
+    g = gradients(plain)
+    torch.testing.assert_close(gradients(scaled), loss_scale * g, rtol=1e-3, atol=1e-5 * loss_scale * float(g.max()))
+    meant = g.abs() > 1e-5 * g.max()  # not those that are 0 but for rounding, like that of a bias before a norm
+    assert meant.double().mean() > 0.9
+    moved, moved_scaled = ((weights(run.net) - start)[meant] for run in (plain, scaled))
+    assert float((moved_scaled - moved).norm() / moved.norm()) < 1e-3
+    assert plain.pop_loss() == scaled.pop_loss()  # the loss is reported without it
+
+
+@pytest.mark.parametrize("factor", [math.nan, math.inf, -math.inf])
+def test_a_gradient_limit_of_0_drops_what_is_no_number(factor: float) -> None:
+    run = training(trainable(), replace(SETTINGS, gradient_limit=0), wrap=lambda loss: Poisoned(loss, factor))
+    before = weights(run.net)
+    run.step()
+    assert torch.equal(weights(run.net), before)
+    assert not gradients(run).any()
+
+
+@pytest.mark.parametrize(("limit", "moved"), [(0.0, 0.0), (1e5, -1e-3)])
+def test_an_infinite_gradient_becomes_the_limit_and_finite_ones_stay(limit: float, moved: float) -> None:
+    def with_one_infinite(gradient: Tensor) -> Tensor:
+        return gradient.index_fill(0, torch.tensor([3]), math.inf)
+
+    healthy, run = (training(trainable(), replace(SETTINGS, gradient_limit=limit)) for _ in range(2))
+    bias = run.net.get_parameter("model.enc.8x8_block0.conv1.bias")
+    bias.register_hook(with_one_infinite)
+    before = bias.detach().clone()
+    healthy.step()
+    run.step()
+    assert float(bias.grad[3]) == limit  # type: ignore[index]
+    assert float((bias.detach() - before)[3]) == pytest.approx(moved, rel=1e-3, abs=1e-9)
+    different = weights(run.net) != weights(healthy.net)
+    assert int(different.sum()) == 1
+
+
+# --- what trains
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("resolution", [0, 8])
+def test_decoder_training_moves_all_of_the_decoder_from_a_resolution_up_and_leaves_the_rest_bit_for_bit(
+    name: str, resolution: int
+) -> None:
+    net = trainable(architecture=name)
+    base = copy.deepcopy(net).eval()
+    run = training(net, replace(SETTINGS, trainable="decoder", trainable_resolution=resolution))
+    for _ in range(3):
+        run.step()
+    decoder, before = decoder_parameters(base, resolution), base.state_dict()
+    for trained in (run.net, run.ema):
+        moved = {key for key, tensor in trained.state_dict().items() if not torch.equal(tensor, before[key])}
+        assert {key for key in moved if not key.startswith("logvar_")} == decoder
+        assert encoder_difference(base, trained) is None
+    x, sigma, labels = torch.randn(2, 1, 8, 8), torch.ones(2), torch.eye(2)
+    shared = shared_encoder_guidance(base, run.ema, 1.0)(x, sigma, labels)
+    apart = 2 * base(x, sigma, labels) - run.ema(x, sigma, labels)
+    torch.testing.assert_close(shared, apart, rtol=1e-4, atol=1e-5)
+
+
+def test_a_part_to_train_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(ValueError, match="trainable='encoder' is unknown; choose 'all' or 'decoder'"):
+        training(trainable(), replace(SETTINGS, trainable="encoder"))
