@@ -15,8 +15,7 @@ import time
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from sims_ray.config import load_recipe, presets
-from sims_ray.config.architecture import network_entry
+from sims_ray.config import preset_network, presets
 from sims_ray.diffusion.evaluations import Denoiser
 from sims_ray.diffusion.guidance import guidance_interval, shared_encoder_guidance, sims_guidance
 from sims_ray.diffusion.noise import SeedStreams
@@ -66,9 +65,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    preset, recipe = presets()[options.preset], load_recipe(options.preset)
-    entry = network_entry(recipe.network, preset.shape, preset.num_classes, bool(recipe.train.augment))
-    base = build_network(entry).eval().requires_grad_(False).to(options.device)
+    preset = presets()[options.preset]
+    base = build_network(preset_network(options.preset)).eval().requires_grad_(False).to(options.device)
+    base.run_in("float32")
     denoisers = variants(base, preset.shape[1])
     sigmas = sigma_schedule(options.steps)
     latents = SeedStreams(range(options.batch)).randn(preset.shape, torch.float32, options.device)

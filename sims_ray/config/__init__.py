@@ -5,7 +5,7 @@ before any work, with its dotted name.
 """
 
 from sims_ray.config.base import SEED_LIMIT
-from sims_ray.config.loading import builtin_recipes, load_recipe
+from sims_ray.config.loading import builtin_recipes, load_recipe, preset_network
 from sims_ray.config.presets import Preset, presets
 from sims_ray.config.settings import (
     ComputeSettings,
@@ -32,5 +32,6 @@ __all__ = [
     "TrainSettings",
     "builtin_recipes",
     "load_recipe",
+    "preset_network",
     "presets",
 ]

@@ -53,8 +53,9 @@ def _check_heads(settings: NetworkSettings, img_resolution: int) -> None:
     for level, mult in enumerate(settings.channel_mult):
         res, width = img_resolution >> level, settings.model_channels * mult
         attends = res in settings.attn_resolutions or level == len(settings.channel_mult) - 1
-        if attends and width % settings.channels_per_head:
+        heads = width // settings.channels_per_head
+        if attends and (not heads or width % heads):
             raise SimsError(
-                f"network: the {width} channels at {res}x{res} do not divide into attention heads of "
+                f"network: the {width} channels at {res}x{res} do not divide into attention heads of about "
                 f"channels_per_head={settings.channels_per_head}; change one of them"
             )

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from sims_ray.config.architecture import network_entry
 from sims_ray.config.presets import PRESETS_FILE, presets
 from sims_ray.config.settings import Recipe
 from sims_ray.errors import SimsError
@@ -34,6 +35,12 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             e for e in error.errors() if not any(e["loc"] == loc[: len(e["loc"])] for loc in locations - {e["loc"]})
         ]
         raise SimsError("; ".join(_explain(e) for e in causes) + f" (recipe {where})") from None
+
+
+def preset_network(name: str) -> dict[str, Any]:
+    """The network of a published model, as `nn.networks.build_network` takes it."""
+    recipe, preset = load_recipe(name), presets()[name]
+    return network_entry(recipe.network, preset.shape, preset.num_classes, bool(recipe.train.augment))
 
 
 def builtin_recipes() -> list[str]:

@@ -110,7 +110,8 @@ class SeedSettings(Settings):
 
 
 class ComputeSettings(Settings):
-    """Where the work runs; changes what is computed by float rounding only, and by the masks of dropout."""
+    """Where the work runs; changes what is computed by float rounding only (precision: of its dtype), and by the masks
+    of dropout."""
 
     num_workers: Annotated[int, Field(ge=0)] = Field(2, description="training workers and sampling actors; 0: no Ray")
     cpus_per_worker: Positive = 1

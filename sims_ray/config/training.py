@@ -54,7 +54,7 @@ class OptimizerSettings(Settings):
 
     @model_validator(mode="after")
     def _distinct_averages(self) -> Self:
-        if len(set(self.ema_stds)) < len(self.ema_stds):
+        if len({round(std, 3) for std in self.ema_stds}) < len(self.ema_stds):  # as their files are named
             raise ValueError(f"ema_stds={list(self.ema_stds)} must not repeat a width")
         return self
 

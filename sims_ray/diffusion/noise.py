@@ -1,6 +1,7 @@
 """Randomness that is a pure function of seeds: per-image streams for sampling, per-step draws for training."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -53,6 +54,10 @@ def epoch_order(seed: int, nimg: int, batch_size: int, num_rows: int) -> np.ndar
     rows = np.empty(batch_size, dtype=np.int64)
     for epoch in np.unique(positions // num_rows):
         of_epoch = positions // num_rows == epoch
-        permutation = np.random.Generator(np.random.Philox(key=[seed, int(epoch)])).permutation(num_rows)
-        rows[of_epoch] = permutation[positions[of_epoch] % num_rows]
+        rows[of_epoch] = _permutation(seed, int(epoch), num_rows)[positions[of_epoch] % num_rows]
     return rows
+
+
+@lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, num_rows: int) -> np.ndarray:
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_rows)

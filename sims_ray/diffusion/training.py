@@ -8,11 +8,13 @@ exception: each worker draws those of its own slice.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sims_ray.diffusion.augment import AUGMENT_DIM, augment, draw_augmentation
@@ -91,7 +93,7 @@ class Training:
         net: network to train, on `device`, the same on every worker.
         settings: what a step depends on.
         images: the whole training set, uint8 [N, C, H, W], on the host.
-        labels: one-hot labels [N, K], or None for unconditional training.
+        classes: class of each image, int64 [N], or None for unconditional training.
         weights: weight of each image in the loss [N], in any scale; None for equal ones.
         rank, world_size: this worker's slice of the global batch.
         wrap: turns the module that computes the loss into one whose backward pass averages gradients (DDP).
@@ -102,7 +104,7 @@ class Training:
         net: Precond,
         settings: Optimization,
         images: Tensor,
-        labels: Tensor | None,
+        classes: Tensor | None,
         *,
         device: torch.device,
         weights: Tensor | None = None,
@@ -113,7 +115,7 @@ class Training:
         if settings.batch_size % world_size:
             raise ValueError(f"batch_size {settings.batch_size} does not divide by {world_size} workers; change either")
         self.net, self.settings, self.device = net, settings, device
-        self._images, self._labels = images, labels
+        self._images, self._classes = images, classes
         self._weights = None if weights is None else weights / weights.mean()
         self._world_size = world_size
         self._rank = rank
@@ -128,8 +130,7 @@ class Training:
         )
         self.nimg = 0
         self._loss = wrap(DenoisingLoss(net.train()))
-        self._loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-        self._loss_nimg = 0
+        self._losses = torch.zeros(2, dtype=torch.float64, device=device)  # sum and number of the finite ones
 
     @property
     def ema(self) -> Precond:
@@ -141,7 +142,9 @@ class Training:
         s = self.settings
         rows = epoch_order(s.seed, self.nimg, s.batch_size, len(self._images))[self._slice]
         images = to_device(self._images[rows], self.device).to(torch.float32) / 127.5 - 1
-        labels = None if self._labels is None else to_device(self._labels[rows], self.device)
+        labels = None
+        if self._classes is not None:
+            labels = F.one_hot(to_device(self._classes[rows], self.device), self.net.label_dim).to(torch.float32)
         images, augment_labels = self._augment(images)
         draws = draw_noise(self._generator("noise"), s.batch_size, tuple(images.shape[1:]), s.P_mean, s.P_std)
         sigma, noise = (to_device(draw[self._slice], self.device) for draw in draws)
@@ -156,8 +159,8 @@ class Training:
         for std, average in zip(s.averages.values(), self.averages.values(), strict=True):
             update_ema(average, self.net, s.ema_decay(std, self.nimg))
         self.nimg += s.batch_size
-        self._loss_sum += losses.detach().sum()
-        self._loss_nimg += s.batch_size
+        finite = losses.detach().isfinite()
+        self._losses += torch.stack([losses.detach().where(finite, 0).sum(), finite.sum()])
 
     def _generator(self, stream: str) -> torch.Generator:
         return step_generator(self.settings.seed, self.nimg, stream)
@@ -191,13 +194,15 @@ class Training:
                 raise RuntimeError("workers see different checkpoints; check the shared storage")
 
     def pop_loss(self) -> float:
-        """Mean loss per image since the last call, over all workers; every worker must call it."""
+        """Mean loss per image since the last call, over all workers; every worker must call it.
+
+        Losses that are not finite are left out, as their gradients are; it is NaN if all were such.
+        """
         if self._world_size > 1:
-            dist.all_reduce(self._loss_sum)
-        loss = float(self._loss_sum) / max(self._loss_nimg, 1)
-        self._loss_sum.zero_()
-        self._loss_nimg = 0
-        return loss
+            dist.all_reduce(self._losses)
+        total, number = self._losses.tolist()
+        self._losses.zero_()
+        return total / number if number else math.nan
 
     def state(self) -> dict[str, Tensor]:
         """Everything a later process needs to go on, as named tensors."""

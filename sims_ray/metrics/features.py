@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -11,11 +12,15 @@ from sims_ray.metrics.moments import Moments, merge_all
 
 FeatureExtractor = Callable[[Tensor], Tensor]
 BATCH = 512
+MAX_PIXELS = 4096
 
 
 def pixel_features(images: Tensor) -> Tensor:
-    """Raw pixels in [-1, 1]: [B, C * H * W]."""
-    return images.to(torch.float32).flatten(1) / 127.5 - 1
+    """Raw pixels in [-1, 1]: [B, C * H * W], averaged over squares where that is more than a covariance can hold."""
+    x = images.to(torch.float32) / 127.5 - 1
+    while x[0].numel() > MAX_PIXELS:
+        x = F.avg_pool2d(x, 2)
+    return x.flatten(1)
 
 
 @torch.inference_mode()

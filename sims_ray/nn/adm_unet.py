@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sims_ray.nn.embeddings import PositionalEmbedding, drop_labels
 from sims_ray.nn.layers import (
     ZERO,
     BlockStyle,
@@ -18,9 +19,7 @@ from sims_ray.nn.layers import (
     GroupNorm,
     Init,
     Linear,
-    PositionalEmbedding,
     UNetBlock,
-    drop_labels,
 )
 from sims_ray.nn.layout import Layer, unet_layout
 

@@ -168,11 +168,10 @@ def num_heads(channels: int, channels_per_head: int | None) -> int:
     """
     if channels_per_head is None:
         return 1
-    if channels >= channels_per_head and channels % channels_per_head:
-        raise ValueError(
-            f"{channels} channels do not divide into heads of {channels_per_head}; change either"
-        )
-    return channels // channels_per_head
+    heads = channels // channels_per_head
+    if heads and channels % heads:
+        raise ValueError(f"{channels} channels do not divide into {heads} attention heads; change channels_per_head")
+    return heads
 
 
 @dataclass(frozen=True)
@@ -257,44 +256,3 @@ class UNetBlock(nn.Module):
         if self.num_heads:
             x = (self._attend(x) + x) * self.style.skip_scale
         return x
-
-
-class PositionalEmbedding(nn.Module):
-    """Sinusoidal embedding of a scalar: [B] to [B, channels], cosines before sines.
-
-    `endpoint` makes the slowest frequency exactly 1 / max_positions.
-    """
-
-    def __init__(self, channels: int, max_positions: int = 10000, endpoint: bool = False) -> None:
-        super().__init__()
-        self.channels, self.max_positions, self.endpoint = channels, max_positions, endpoint
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Embed c_noise [B]."""
-        half = self.channels // 2
-        exponent = torch.arange(half, dtype=torch.float32, device=x.device) / (half - self.endpoint)
-        angles = x.to(torch.float32).outer((1 / self.max_positions) ** exponent)
-        return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-
-class FourierEmbedding(nn.Module):
-    """Random Fourier features of a scalar: [B] to [B, channels], cosines before sines."""
-
-    freqs: Tensor
-
-    def __init__(self, channels: int, scale: float = 16.0) -> None:
-        super().__init__()
-        self.register_buffer("freqs", torch.randn(channels // 2) * scale)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Embed c_noise [B]."""
-        angles = x.to(torch.float32).outer(2 * math.pi * self.freqs)
-        return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-
-def drop_labels(labels: Tensor, probability: float, training: bool) -> Tensor:
-    """Zero a share of the one-hot labels [B, K] in training, so that the network also learns the marginal."""
-    if not (training and probability):
-        return labels
-    keep = torch.rand(labels.shape[0], 1, device=labels.device) >= probability
-    return labels * keep.to(labels.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 
@@ -19,8 +20,12 @@ def merge(base: Precond, aux: Precond, w: float) -> Precond:
     channel; its gains are extrapolated as they are.
 
     Raises:
-        ValueError: the networks have different parameters.
+        ValueError: the networks have different parameters, or w is not finite.
     """
+    if not math.isfinite(w):
+        raise ValueError(f"w = {w} is not a strength; choose a finite one")
+    if base.sigma_data != aux.sigma_data:
+        raise ValueError(f"the networks differ: sigma_data is {base.sigma_data:g} and {aux.sigma_data:g}")
     merged = copy.deepcopy(base)
     merged.uncompile_network()
     ours, theirs = dict(merged.named_parameters()), dict(aux.named_parameters())

@@ -7,8 +7,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from sims_ray.nn.edm2_unet import EDM2UNet, MPConv, MPFourier
+from sims_ray.nn.edm2_unet import EDM2UNet
 from sims_ray.nn.layers import Encoded
+from sims_ray.nn.mp_layers import MPConv, MPFourier
 
 COMPILED = ("forward", "encode", "advance", "decode")
 

@@ -11,17 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sims_ray.nn.embeddings import FourierEmbedding, PositionalEmbedding, drop_labels
 from sims_ray.nn.layers import (
     BlockStyle,
     Conv2d,
     Encoded,
-    FourierEmbedding,
     GroupNorm,
     Init,
     Linear,
-    PositionalEmbedding,
     UNetBlock,
-    drop_labels,
 )
 from sims_ray.nn.layout import Layer, unet_layout
 

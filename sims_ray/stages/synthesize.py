@@ -14,7 +14,7 @@ from sims_ray.config import ComputeSettings
 from sims_ray.data.table import table_result
 from sims_ray.stages.sampling import SeedRange, fill
 from sims_ray.storage.artifacts import Artifact
-from sims_ray.storage.checkpoints import load_tensors
+from sims_ray.storage.checkpoints import read_card
 from sims_ray.storage.models import SimsModel
 
 
@@ -73,6 +73,6 @@ def _commit(job: SynthesisJob) -> None:
     for work in job.ranges():
         labels.append(pq.read_table(work.path, columns=["label"])["label"].to_numpy())
         files[Path(work.path).name] = {"rows": len(labels[-1])}
-    network = load_tensors(Path(job.model.base))[1]["network"]
+    network = read_card(Path(job.model.base))["network"]
     shape = (network["img_channels"], network["img_resolution"], network["img_resolution"])
     job.artifact.commit(files, table_result(shape, np.concatenate(labels), len(job.seeds)))

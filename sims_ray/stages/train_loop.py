@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from sims_ray.config import FinetuneSettings, OptimizerSettings
 from sims_ray.data.table import SampleTable
@@ -19,11 +16,11 @@ from sims_ray.diffusion.noise import step_generator
 from sims_ray.diffusion.training import Optimization, Training
 from sims_ray.errors import SimsError
 from sims_ray.nn.networks import build_network
+from sims_ray.stages.training_log import TrainingLog
 from sims_ray.storage.artifacts import Artifact
 from sims_ray.storage.checkpoints import load_model, newest_state, read_card, save_model, save_tensors, state_path
 from sims_ray.storage.posthoc import PATTERN, power_ema, reconstruct, save_average
 
-METRICS = "metrics.jsonl"
 FAILURE = "failure.txt"
 KIMG = 1000
 ADAM_BETA1 = 0.9
@@ -119,7 +116,7 @@ def _train(job: TrainJob, config: dict[str, Any]) -> None:
     if (found := newest_state(job.artifact.path)) is not None:
         training.load_state(found[0], found[1]["nimg"])
     training.check_same_start()
-    log = _Log(job, training.nimg) if rank == 0 else None
+    log = TrainingLog(job.artifact.path, training.nimg) if rank == 0 else None
     end_nimg = job.budgets_kimg[-1] * KIMG
     crossed, s = _crossings(training.nimg), job.settings
     while training.nimg < end_nimg:
@@ -143,21 +140,21 @@ def _build(
     table = SampleTable(job.table)
     samples = table.head(len(table) if job.num_rows is None else job.num_rows)
     images = torch.from_numpy(samples.images.copy())
-    labels = None
+    classes = None
     if label_dim := job.network["label_dim"]:
         if samples.labels.min() < 0 or samples.labels.max() >= label_dim:
             raise SimsError(
                 f"{job.table} has labels {samples.labels.min()}..{samples.labels.max()} but the network knows "
                 f"0..{label_dim - 1}; import labelled images or set network.conditional=false"
             )
-        labels = F.one_hot(torch.from_numpy(samples.labels.astype("int64")), label_dim).float()
+        classes = torch.from_numpy(samples.labels.astype("int64"))
     torch.manual_seed(step_generator(job.settings.seed, 0, "weights").initial_seed())
     net = build_network(job.network) if job.init is None else load_model(job.init)[0].requires_grad_(True)
     return Training(
         net.to(device),
         job.optimization(),
         images,
-        labels,
+        classes,
         device=device,
         weights=None if samples.weights is None else torch.from_numpy(samples.weights.copy()),
         rank=rank,
@@ -232,34 +229,3 @@ def _crossings(start_nimg: int) -> Callable[[int, str, float], bool]:
         return nimg // period > before // period
 
     return crossed
-
-
-class _Log:
-    """Rank 0's log of loss and speed, one JSON line each; a resumed run repeats lines, the last one counts."""
-
-    def __init__(self, job: TrainJob, nimg: int) -> None:
-        self._path = job.artifact.path / METRICS
-        if self._path.is_file() and not self._path.read_text().endswith("\n"):
-            with self._path.open("a") as file:  # a killed process was writing this line
-                file.write("\n")
-        self._nimg, self._time_s = nimg, time.monotonic()
-
-    def write(self, nimg: int, loss: float) -> None:
-        now_s = time.monotonic()
-        rate = (nimg - self._nimg) / max(now_s - self._time_s, 1e-9)
-        self._nimg, self._time_s = nimg, now_s
-        with self._path.open("a") as file:
-            file.write(json.dumps({"nimg": nimg, "loss": loss, "images_per_s": round(rate, 1)}) + "\n")
-
-
-def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The training log in order of images seen; torn lines are passed over, repeated ones count once."""
-    path = folder / METRICS
-    rows: dict[int, dict[str, float]] = {}
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            row = json.loads(line)
-            rows[row["nimg"]] = row
-        except (json.JSONDecodeError, KeyError, TypeError):
-            continue
-    return [rows[nimg] for nimg in sorted(rows)]

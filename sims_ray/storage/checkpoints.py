@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sims_ray.errors import SimsError
-from sims_ray.nn.networks import build_network
+from sims_ray.nn.networks import build_network, describe_network
 from sims_ray.nn.precond import Precond
 from sims_ray.storage.artifacts import atomic_path
 
@@ -54,6 +54,8 @@ def _card_of(file: Any) -> dict[str, Any]:
     card = json.loads((file.metadata() or {})[CARD])
     if not isinstance(card, dict):
         raise KeyError("its card is not an object")
+    if isinstance(card.get("network"), dict):
+        card["network"].setdefault("label_dim", 0)
     return card
 
 
@@ -81,10 +83,7 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[Precond,
         SimsError: the file is not a denoiser checkpoint, or its tensors do not fit its card.
     """
     tensors, card = load_tensors(path)
-    if "network" not in card:
-        raise SimsError(
-            f"{path} holds a {card.get('role', 'file')}, not a denoiser; give a base or auxiliary checkpoint"
-        )
+    described(path, card)
     try:
         net = build_network(card["network"])
         net.load_state_dict(tensors)
@@ -92,6 +91,23 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[Precond,
         reason = " ".join(str(error).split())
         raise SimsError(f"{path} does not fit the network of its own card ({reason}); make it again") from None
     return net.eval().requires_grad_(False).to(device), card
+
+
+def described(path: Path, card: Mapping[str, Any]) -> Precond:
+    """The network of a card, without memory for its weights; `path` is for messages.
+
+    Raises:
+        SimsError: the card has no network, or one that cannot be built.
+    """
+    if "network" not in card:
+        raise SimsError(
+            f"{path} holds a {card.get('role', 'file')}, not a denoiser; give a base or auxiliary checkpoint"
+        )
+    try:
+        return describe_network(card["network"])
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise SimsError(f"{path} describes a network that cannot be built ({reason}); make it again") from None
 
 
 def state_path(folder: Path, nimg: int) -> Path:

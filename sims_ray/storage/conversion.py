@@ -12,16 +12,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sims_ray.config import load_recipe, presets
-from sims_ray.config.architecture import network_entry
+from sims_ray.config import load_recipe, preset_network, presets
 from sims_ray.errors import SimsError
 from sims_ray.nn.merge import merge
-from sims_ray.nn.networks import describe_network, num_parameters
+from sims_ray.nn.networks import num_parameters
 from sims_ray.storage.artifacts import MANIFEST, read_manifest, sha256_file
-from sims_ray.storage.checkpoints import load_model, load_tensors, save_tensors
+from sims_ray.storage.checkpoints import described, load_model, load_tensors, save_tensors
 
 SUFFIX = ".safetensors"
-KEPT = ("network", "precision", "nimg", "ema")  # of the base's card, in a merged one
+KEPT = ("network", "precision", "nimg", "ema", "encoder", "source")  # of the base's card, in a merged one
 ADVICE = "save one with torch.save(net.state_dict(), path)"
 
 
@@ -31,7 +30,7 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
     facts: dict[str, Any] = {"file": str(path), "bytes": path.stat().st_size, "tensors": len(tensors)}
     if "network" in card:
-        facts["parameters"] = num_parameters(describe_network(card["network"]))
+        facts["parameters"] = num_parameters(described(path, card))
     return {**facts, "dtypes": sorted(dtypes), **card}
 
 
@@ -66,9 +65,7 @@ def convert_checkpoint(source: Path, target: Path, dtype: str | None, preset: st
         SimsError: the source is neither, its tensors do not fit the network, or the target exists.
     """
     tensors, card = _bare(source, preset) if preset is not None else load_tensors(source)
-    if "network" not in card:
-        raise SimsError(f"{source} holds a {card.get('role', 'file')}, not a network; give a base or auxiliary")
-    net = describe_network(card["network"])
+    net = described(source, card)
     _check_fit(source, tensors, net)
     if dtype is not None:
         weights = {name for name, _ in net.named_parameters()}
@@ -83,6 +80,8 @@ def merge_checkpoints(base: Path, aux: Path, target: Path, w: float) -> dict[str
         SimsError: a file is no denoiser, the networks differ, or the target exists.
     """
     (net, card), (other, aux_card) = load_model(base), load_model(aux)
+    if card["network"] != aux_card["network"]:
+        raise SimsError(f"the networks differ in {aux} and {base}; merge a base with an auxiliary fine-tuned from it")
     try:
         merged = merge(net, other, w)
     except ValueError as error:
@@ -114,10 +113,12 @@ def _bare(source: Path, preset: str) -> tuple[dict[str, Tensor], dict[str, Any]]
     known = presets()
     if preset not in known:
         raise SimsError(f"no preset {preset!r}; `sims presets` lists them")
-    recipe = load_recipe(preset)
-    facts = known[preset]
-    network = network_entry(recipe.network, facts.shape, facts.num_classes, bool(recipe.train.augment))
-    card = {"role": "base", "network": network, "precision": recipe.network.precision, "source": source.name}
+    card = {
+        "role": "base",
+        "network": preset_network(preset),
+        "precision": load_recipe(preset).network.precision,
+        "source": source.name,
+    }
     try:
         if source.suffix == SUFFIX:
             return load_file(source), card

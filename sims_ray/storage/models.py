@@ -79,6 +79,8 @@ class SimsModel:
             raise SimsError(
                 f"{self.aux} and {self.base} hold different networks; fine-tune the auxiliary from this base"
             )
+        if self.omega == -1:
+            return aux, card
         shared = aux_card.get("trainable") == "decoder"
         sigma_hi = math.inf if self.sigma_hi is None else self.sigma_hi
         try:

@@ -42,13 +42,13 @@ def reconstruct(paths: Sequence[Path], std: float, nimg: int | None = None) -> t
     Args:
         paths: stored averages of one run, of any two or more lengths or ends.
         std: relative width to reconstruct.
-        nimg: where it ends, in images seen; None for the last stored one.
+        nimg: where it ends, in images seen, at a stored average; None for the last one.
 
     Returns:
         Tensors (float32; what does not train as in the last average) and card.
 
     Raises:
-        SimsError: no averages, files that are none, of different networks, or a width that does not exist.
+        SimsError: no averages, files that are none, of different networks, or an end or a width that does not exist.
     """
     cards = {path: read_card(path) for path in paths}
     if not cards:
@@ -56,19 +56,20 @@ def reconstruct(paths: Sequence[Path], std: float, nimg: int | None = None) -> t
     for path, card in cards.items():
         if card.get("ema", {}).get("kind") != "power" or not card.get("nimg"):
             raise SimsError(f"{path} is not a power-function average; its card must give ema.std and nimg")
-    end = max(card["nimg"] for card in cards.values()) if nimg is None else nimg
+    ends = sorted({card["nimg"] for card in cards.values()})
+    end = ends[-1] if nimg is None else nimg
+    if end not in ends:
+        near = sorted(ends, key=lambda stored: abs(stored - end))[:2]
+        raise SimsError(
+            f"no stored average ends at {end:,} images; the nearest end at {' and '.join(f'{n:,}' for n in near)}"
+        )
     used = sorted((path for path in cards if cards[path]["nimg"] <= end), key=lambda path: cards[path]["nimg"])
-    if not used:
-        first = min(card["nimg"] for card in cards.values())
-        raise SimsError(f"no stored average ends by {end:,} images; the first ends at {first:,}")
     last = cards[used[-1]]
     for path in used:
         if cards[path]["network"] != last["network"]:
             raise SimsError(f"{path} and {used[-1]} hold different networks; give the averages of one run")
     try:
-        weights = posthoc_weights(
-            [cards[p]["nimg"] for p in used], [cards[p]["ema"]["std"] for p in used], min(end, last["nimg"]), std
-        )
+        weights = posthoc_weights([cards[p]["nimg"] for p in used], [cards[p]["ema"]["std"] for p in used], end, std)
     except ValueError as error:
         raise SimsError(f"{used[-1].parent}: {error}") from None
     return _combined(used, weights.tolist(), last), {**last, "ema": power_ema(std)}

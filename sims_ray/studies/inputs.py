@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,11 @@ from sims_ray.config.architecture import network_entry
 from sims_ray.data.table import SampleTable
 from sims_ray.errors import SimsError
 from sims_ray.storage.artifacts import Store
-from sims_ray.storage.checkpoints import read_card
+from sims_ray.storage.checkpoints import described, read_card
 
 DIGITS = "digits"
 DIGITS_SHAPE, DIGITS_CLASSES = (1, 8, 8), 10
-PIXEL_FEATURES = 4096  # the covariance of more fills memory
+IMAGE_CHANNELS = (1, 3)
 
 
 class Inputs:
@@ -78,7 +77,12 @@ class Inputs:
     def _check_shape(self) -> None:
         if self.own_base:
             self._check_own_base()
-        _, height, width = self.shape
+        channels, height, width = self.shape
+        if channels not in IMAGE_CHANNELS:
+            raise SimsError(
+                f"{self.recipe.data.path} has {channels} channels, but only grey and RGB images can be run, "
+                f"and there is no decoder for latents; import images"
+            )
         network = self.recipe.network
         halvings = len(network.channel_mult) - 1
         if not self.own_base and (height != width or height % 2**halvings):
@@ -92,11 +96,6 @@ class Inputs:
                 f"finetune.trainable_resolution={lowest} is above the {height} pixels of the images, so that nothing "
                 f"would train; lower it"
             )
-        if self.recipe.features.kind == "pixels" and math.prod(self.shape) > PIXEL_FEATURES:
-            raise SimsError(
-                f"{self.recipe.data.path} has {math.prod(self.shape)} values per image, but features.kind=pixels takes "
-                f"{PIXEL_FEATURES} at most; import with a smaller --size, or label the images"
-            )
 
     def _check_own_base(self) -> None:
         network, where = self.own_base_card["network"], self.recipe.train.checkpoint
@@ -106,10 +105,10 @@ class Inputs:
                 f"train.checkpoint={where} makes images of {made_for}, but {self.recipe.data.path} holds {self.shape}; "
                 f"import the images in the size and channels of the base"
             )
-        if network["label_dim"] and (network["label_dim"] < self.num_classes or self._unlabelled):
+        if network["label_dim"] and network["label_dim"] < self.num_classes:
             raise SimsError(
                 f"train.checkpoint={where} knows {network['label_dim']} classes, but {self.recipe.data.path} has "
-                f"{self.num_classes} and {self._unlabelled} images without a label; give the base's own classes"
+                f"{self.num_classes}; give the images the base's own classes"
             )
         if self.recipe.finetune.augment and not network.get("augment_dim"):
             raise SimsError(
@@ -139,11 +138,10 @@ class Inputs:
         """
         path = Path(str(self.recipe.train.checkpoint))
         card = read_card(path)
-        if "network" not in card:
-            raise SimsError(f"train.checkpoint={path} holds a {card.get('role', 'file')}, not a denoiser; give a base")
+        described(path, card)
         return card
 
     @property
     def precision(self) -> str:
         """Dtype of the network on a GPU."""
-        return str(self.own_base_card.get("precision")) if self.own_base else self.recipe.network.precision
+        return str(self.own_base_card.get("precision", "float32")) if self.own_base else self.recipe.network.precision

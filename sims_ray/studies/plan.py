@@ -18,6 +18,8 @@ from sims_ray.storage.models import SimsModel
 from sims_ray.studies.inputs import Inputs
 
 OWN_BASE = "base.safetensors"
+HALFLIFE = {"ema_halflife_kimg", "ema_rampup_ratio"}
+POWER_FUNCTION = {"ema_std", "ema_snapshot_kimg"}
 NOT_CONTENT = {"checkpoint_kimg", "log_kimg", "duration_kimg", "budgets_kimg", "checkpoint"}  # or told otherwise
 
 
@@ -191,18 +193,28 @@ class Plan:
             "seeds": [seeds.start, seeds.stop],
             "omega": omega,
             "budget": budget_kimg,
+            **self._forced_precision,
         }
         aux = [] if omega == 0 or n_s is None else [self.finetune_job(n_s).artifact]
-        if aux:
+        if aux and omega != -1:  # the auxiliary alone is not guided
             settings["guidance"] = self.recipe.guidance.model_dump(mode="json")
         return self.store.artifact(stage, settings, [*parents, self.base_artifact, *aux])
 
     def _synthesis(self, model: SimsModel, seeds: range, parents: Sequence[Artifact]) -> SynthesisJob:
         shard_nimg = self.recipe.synthesize.shard_nimg
         settings = {"sampler": self.sampler, "seeds": [seeds.start, seeds.stop], "shard_nimg": shard_nimg}
+        settings |= self._forced_precision
         artifact = self.store.artifact("synthesize", settings, parents)
         return SynthesisJob(artifact, model, self.sampler, seeds, shard_nimg)
 
     def _identity(self, settings: OptimizerSettings, budgets: Sequence[float], **extra: Any) -> dict[str, Any]:
-        content = settings.model_dump(mode="json", exclude=NOT_CONTENT)
-        return {"network": self.inputs.network, "budgets_kimg": list(budgets), **content, **extra}
+        unused = HALFLIFE if settings.ema_stds else POWER_FUNCTION
+        content = settings.model_dump(mode="json", exclude=NOT_CONTENT | unused)
+        precision = {"precision": self.inputs.precision, **self._forced_precision}
+        return {"network": self.inputs.network, "budgets_kimg": list(budgets), **precision, **content, **extra}
+
+    @property
+    def _forced_precision(self) -> dict[str, str]:
+        """The precision that the user forces, which changes results by more than the rounding of float32."""
+        forced = self.recipe.compute.precision
+        return {} if forced == "auto" else {"forced_precision": forced}

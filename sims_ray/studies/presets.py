@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from sims_ray.config import Preset, Recipe, load_recipe
-from sims_ray.config.architecture import network_entry
+from sims_ray.config import Preset, Recipe, load_recipe, preset_network
 from sims_ray.nn.networks import describe_network, num_parameters
 from sims_ray.studies.console import align
 
@@ -27,9 +26,10 @@ def presets_table(known: Mapping[str, Preset]) -> str:
 
 def _row(preset: Preset, recipe: Recipe) -> tuple[str, ...]:
     network, train, sampler = recipe.network, recipe.train, recipe.sampler
-    entry = network_entry(network, preset.shape, preset.num_classes, bool(train.augment))
-    params = num_parameters(describe_network(entry)) / 1e6
-    ema = f"std {train.ema_std:.3f}" if train.ema_stds else f"half-life {train.ema_halflife_kimg / 1000:g}M"
+    params = num_parameters(describe_network(preset_network(preset.name))) / 1e6
+    ema = f"half-life {train.ema_halflife_kimg / 1000:g}M"
+    if train.ema_stds:  # a width that is ours, not published, is not shown
+        ema = f"std {train.ema_std:.3f}" if "ema_std" in preset.recipe["train"] else "-"
     published = preset.published
     return (
         preset.name,

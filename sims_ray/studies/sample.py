@@ -6,12 +6,13 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from sims_ray.config import SamplerSettings
+from sims_ray.config import SamplerSettings, load_recipe, presets
 from sims_ray.data.contact_sheet import contact_sheet
 from sims_ray.diffusion.generate import generate
 from sims_ray.diffusion.noise import SEED_LIMIT
 from sims_ray.errors import SimsError
 from sims_ray.storage.models import SimsModel
+from sims_ray.studies.inputs import IMAGE_CHANNELS
 from sims_ray.studies.summary import RESULT
 
 
@@ -35,6 +36,17 @@ def model_of_run(out: Path, name: str) -> tuple[SimsModel, SamplerSettings]:
     return model, SamplerSettings(**summary["settings"]["sampler"])
 
 
+def sampler_of_preset(name: str) -> SamplerSettings:
+    """The sampler of a published model.
+
+    Raises:
+        SimsError: no such preset.
+    """
+    if name not in presets():
+        raise SimsError(f"no preset {name!r}; `sims presets` lists them")
+    return load_recipe(name).sampler
+
+
 def sample_images(target: Path, model: SimsModel, seeds: range, sampler: SamplerSettings) -> float:
     """Write one image per seed: a grid if `target` ends in .png, else `<seed>.png` files in the folder `target`.
 
@@ -49,6 +61,10 @@ def sample_images(target: Path, model: SimsModel, seeds: range, sampler: Sampler
     denoiser, card = model.load(device)
     network = card["network"]
     shape = (network["img_channels"], network["img_resolution"], network["img_resolution"])
+    if shape[0] not in IMAGE_CHANNELS:
+        raise SimsError(
+            f"{model.base} makes {shape[0]} channels, not grey or RGB images; latents cannot be decoded here"
+        )
     options = sampler.model_dump()
     batches = list(generate(denoiser, shape, seeds, options, label_dim=network["label_dim"], device=device))
     images, nfe = torch.cat([batch.images for batch in batches]).numpy(), batches[0].nfe

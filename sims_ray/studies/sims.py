@@ -24,7 +24,8 @@ from sims_ray.stages.features import make_features
 from sims_ray.stages.synthesize import synthesize
 from sims_ray.stages.tracking import TrackedRun, Tracker
 from sims_ray.stages.train import train
-from sims_ray.stages.train_loop import METRICS, TrainJob, read_metrics
+from sims_ray.stages.train_loop import TrainJob
+from sims_ray.stages.training_log import METRICS, read_metrics
 from sims_ray.stages.tune import Trial, tune
 from sims_ray.storage.artifacts import Artifact, adopt, fingerprint, write_json
 from sims_ray.studies.console import closing_words, stages_overview

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from sims_ray.data.table import SampleTable
-from sims_ray.stages.train_loop import read_metrics
+from sims_ray.stages.training_log import read_metrics
 from sims_ray.studies.plan import Plan
 
 RESULT = "result.json"

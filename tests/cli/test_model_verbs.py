@@ -61,10 +61,11 @@ def test_a_merged_network_is_an_ordinary_checkpoint_that_costs_as_much_as_the_ba
         ("sims", ["--base", base, "--aux", aux, "--omega", "1"]),
         ("interval", ["--base", base, "--aux", aux, "--omega", "1", "--sigma-lo", "1", "--sigma-hi", "10"]),
         ("euler", ["--base", base, "--solver", "euler"]),
+        ("preset", ["--base", base, "--preset", "edm-imagenet64-adm"]),
     ):
         assert sims("sample", tmp_path / f"{name}.png", *words, "--n", "4", "--steps", "4") == 0
         costs[name] = capsys.readouterr().out.rpartition("images, ")[2].split()[0]
-    assert costs == {"base": "7", "neon": "7", "sims": "14", "interval": "9", "euler": "4"}
+    assert costs == {"base": "7", "neon": "7", "sims": "14", "interval": "9", "euler": "4", "preset": "7"}
     assert len({(tmp_path / f"{name}.png").read_bytes() for name in costs}) == len(costs)
 
 
@@ -179,7 +180,13 @@ def test_a_snapshot_of_nvidias_comes_in_and_can_be_sampled(tmp_path: Path, capsy
         (["checkpoint", "show", "nowhere"], "no checkpoint at nowhere"),
         (["checkpoint", "convert", "{a}", "o.safetensors", "--preset", "nonsense"], "no preset 'nonsense'"),
         (["sample", "o.png", "--base", "{a}", "--aux", "{wide}", "--omega", "1"], "hold different networks"),
-        (["sample", "o.png", "--base", "{a}", "--omega", "1"], "needs an auxiliary"),
+        (["sample", "o.png", "--base", "{a}", "--omega", "1"], "--aux and --omega go together"),
+        (["sample", "o.png", "--base", "{a}", "--aux", "{a}"], "--aux and --omega go together"),
+        (["sample", "o.png", "--base", "{a}", "--preset", "nonsense"], "no preset 'nonsense'"),
+        (["sample", "o.png", "--base", "{latent}"], "makes 4 channels, not grey or RGB images"),
+        (["merge", "{a}", "{a}", "o.safetensors", "--w", "nan"], "is not a strength"),
+        (["checkpoint", "show", "{odd}"], "describes a network that cannot be built"),
+        (["checkpoint", "convert", "{odd}", "o.safetensors"], "describes a network that cannot be built"),
         (["sample", "o.png", "--run", "r", "--sigma-hi", "1"], "go with --base"),
         (["import-nvlabs", "nowhere.pkl", "o.safetensors"], "no snapshot at nowhere.pkl"),
     ],
@@ -193,7 +200,12 @@ def test_a_mistake_gets_one_sentence_and_leaves_nothing(
     save_tensors(
         tmp_path / "wide.safetensors", small_network(model_channels=16).state_dict(), {**CARD, "network": wide}
     )
+    latent = {**CARD, "network": {**SETTINGS, "img_channels": 4}}
+    save_tensors(tmp_path / "latent.safetensors", small_network(img_channels=4).state_dict(), latent)
+    odd = {**CARD, "network": {**SETTINGS, "nonsense": 1}}
+    save_tensors(tmp_path / "odd.safetensors", small_network().state_dict(), odd)
     before = sorted(tmp_path.iterdir())
-    assert sims(*(word.format(a="a.safetensors", wide="wide.safetensors") for word in words)) == 1
+    names = {name: f"{name}.safetensors" for name in ("a", "wide", "latent", "odd")}
+    assert sims(*(word.format(**names) for word in words)) == 1
     assert sentence in refused(capsys)
     assert sorted(tmp_path.iterdir()) == before

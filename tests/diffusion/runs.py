@@ -56,7 +56,7 @@ def trainable(seed: int = 0, architecture: str = "ddpmpp", **settings: Any) -> P
 
 def training(net: Precond, settings: Optimization = SETTINGS, images: Tensor = IMAGES, **options: Any) -> Training:
     """A run on the images above."""
-    return Training(net, settings, images, LABELS, **{"device": CPU, **options})
+    return Training(net, settings, images, LABELS.argmax(1), **{"device": CPU, **options})
 
 
 def recorded(net: Precond, settings: Optimization = SETTINGS, **options: Any) -> tuple[Training, Recorder]:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sims_ray.nn.edm2_unet import Block, EDM2UNet, MPConv, MPFourier, mp_cat, mp_silu, mp_sum, normalize
+from sims_ray.nn.edm2_unet import Block, EDM2UNet
+from sims_ray.nn.mp_layers import MPConv, MPFourier, mp_cat, mp_silu, mp_sum, normalize
 from sims_ray.nn.precond import EDM2Precond
 from tests.networks import ARCHITECTURES, small_network
 

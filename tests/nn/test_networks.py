@@ -10,7 +10,8 @@ from torch._dynamo.utils import counters
 from sims_ray.config import NetworkSettings, load_recipe, presets
 from sims_ray.config.architecture import network_entry
 from sims_ray.nn.edm2_unet import EDM2UNet
-from sims_ray.nn.layers import Encoded, FourierEmbedding, PositionalEmbedding
+from sims_ray.nn.embeddings import FourierEmbedding, PositionalEmbedding
+from sims_ray.nn.layers import Encoded
 from sims_ray.nn.mlp import MLP
 from sims_ray.nn.networks import build_network, decoder_parameters, describe_network, num_parameters
 from sims_ray.nn.precond import EDM2Precond, EDMPrecond, Precond

@@ -8,7 +8,8 @@ from sims_ray.config import ComputeSettings
 from sims_ray.diffusion.training import Training
 from sims_ray.errors import SimsError
 from sims_ray.stages.train import train
-from sims_ray.stages.train_loop import TrainJob, read_metrics
+from sims_ray.stages.train_loop import TrainJob
+from sims_ray.stages.training_log import read_metrics
 from sims_ray.storage.checkpoints import load_tensors
 from sims_ray.studies.sims import SimsRun
 from tests.conftest import TinyRecipe

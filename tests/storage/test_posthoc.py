@@ -114,16 +114,6 @@ def test_a_reconstruction_is_a_checkpoint_of_its_network(averages: list[Path], t
     assert net(torch.randn(1, 1, 8, 8), torch.tensor([1.0])).isfinite().all()
 
 
-@pytest.mark.parametrize(("nimg", "end"), [(2_500, 2_000), (3_000, 3_000), (10_000, 3_000)])
-def test_between_two_averages_and_beyond_the_last_the_card_tells_where_the_reconstruction_ends(
-    averages: list[Path], nimg: int, end: int
-) -> None:
-    tensors, card = reconstruct(averages, 0.1, nimg)
-    assert card["nimg"] == end
-    exact = weights_at(end, 0.1)["model.map_layer0.weight"]
-    torch.testing.assert_close(tensors["model.map_layer0.weight"], exact, rtol=2 * HALF, atol=1e-6)
-
-
 # --- refusals
 
 
@@ -146,8 +136,14 @@ def test_a_width_that_does_not_exist_is_refused_with_the_folder(averages: list[P
     assert str(averages[0].parent) in message
 
 
-def test_an_end_before_the_first_average_is_refused_with_where_that_ends(averages: list[Path]) -> None:
-    assert "no stored average ends by 999 images; the first ends at 1,000" in refusal(averages, nimg=999)
+@pytest.mark.parametrize(
+    ("nimg", "near"), [(1, "1,000 and 2,000"), (2_600, "3,000 and 2,000"), (9_999, "3,000 and 2,000")]
+)
+def test_an_end_at_which_no_average_is_stored_is_refused_with_the_nearest(
+    averages: list[Path], nimg: int, near: str
+) -> None:
+    with pytest.raises(SimsError, match=f"no stored average ends at {nimg:,} images; the nearest end at {near}"):
+        reconstruct(averages, 0.07, nimg)
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,10 @@ def test_a_base_that_does_not_fit_the_images_is_refused_before_any_work(
     assert not out.exists()
 
 
+def test_a_base_whose_card_says_no_precision_runs_in_float32(base: Path, out: Path, tiny: TinyRecipe) -> None:
+    assert SimsRun(tiny(f"train.checkpoint={base}"), out).plan.finetune_job(96).precision == "float32"
+
+
 def test_a_missing_base_is_refused_before_any_work(out: Path, tiny: TinyRecipe) -> None:
     with pytest.raises(SimsError, match="no checkpoint at nowhere"):
         SimsRun(tiny("train.checkpoint=nowhere.safetensors"), out)

@@ -65,7 +65,7 @@ def _unet(channels: int, mult: list[int], num_blocks: int, attention: list[int],
 
 _EDM = {
     **_COMMON,
-    "augment_dim": _Option(_whole(0, MAX_WIDTH), 0),
+    "augment_dim": _Option(lambda value: type(value) is int and value in (0, 9), 0),  # 9: EDM's label
     "channel_mult_emb": _Option(_MULT, 4),
     "label_dropout": _Option(_SHARE, 0.0),
 }

@@ -1,0 +1,82 @@
+"""What a plan makes of a recipe: which settings make other artifacts, and that the presets can be run."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sims_ray.config import load_recipe, presets
+from sims_ray.data.table import Samples, table_result, write_samples
+from sims_ray.errors import SimsError
+from sims_ray.storage.artifacts import Store
+from sims_ray.storage.models import SimsModel
+from sims_ray.studies.inputs import IMAGE_CHANNELS, Inputs
+from sims_ray.studies.plan import Plan
+from tests.conftest import TinyRecipe
+
+CELL = (1.0, 1.0, 96)  # omega, budget, n_s
+
+
+def table_like(folder: Path, shape: tuple[int, int, int], num_classes: int) -> Path:
+    """A sample table of a few blank images."""
+    rows = max(num_classes, 2)
+    artifact = Store(folder).artifact("import", {"shape": shape, "classes": num_classes})
+    labels = np.arange(rows) if num_classes else np.full(rows, -1)
+    samples = Samples(np.arange(rows), np.zeros((rows, *shape), np.uint8), labels.astype(np.int32))
+    write_samples(artifact.path / "part.parquet", samples, {})
+    artifact.commit({"part.parquet": {"rows": rows}}, table_result(shape, samples.labels, rows))
+    return artifact.path
+
+
+@pytest.mark.parametrize("name", list(presets()))
+def test_every_preset_of_images_runs_on_a_table_of_its_own_shape_and_latents_are_refused(
+    name: str, tmp_path: Path
+) -> None:
+    preset = presets()[name]
+    table = table_like(tmp_path, preset.shape, preset.num_classes)
+    recipe = load_recipe(name, [f"data.path={table}"])
+    if preset.shape[0] not in IMAGE_CHANNELS:
+        with pytest.raises(SimsError, match="there is no decoder for latents"):
+            Inputs(recipe, Store(tmp_path))
+        return
+    network = Inputs(recipe, Store(tmp_path)).network
+    assert (network["img_channels"], network["img_resolution"]) == preset.shape[:2]
+
+
+@pytest.mark.parametrize(
+    ("override", "changed"),
+    [
+        ("compute.precision=float16", {"base", "synthesis", "finetune", "evaluation"}),
+        ("network.precision=bfloat16", {"base", "synthesis", "finetune", "evaluation"}),
+        ("guidance.sigma_hi=5", {"evaluation"}),
+        ("finetune.trainable=decoder", {"finetune", "evaluation"}),
+        ("sampler.solver=euler", {"synthesis", "finetune", "evaluation"}),
+        ("train.ema_std=0.2", set()),  # without power-function averages it means nothing
+        ("compute.num_workers=2", set()),
+        ("compute.compile=true", set()),
+    ],
+)
+def test_a_setting_makes_other_artifacts_exactly_where_it_changes_their_content(
+    override: str, changed: set[str], out: Path, tiny: TinyRecipe
+) -> None:
+    def prints(*overrides: str) -> dict[str, str]:
+        plan = Plan(tiny(*overrides), out)
+        seeds = plan.seeds["selection"]
+        artifacts = {
+            "base": plan.base_artifact,
+            "synthesis": plan.synthesis_job.artifact,
+            "finetune": plan.finetune_job(96).artifact,
+            "evaluation": plan.evaluation(seeds, *CELL).artifact,
+        }
+        return {name: artifact.fingerprint for name, artifact in artifacts.items()}
+
+    before, after = prints(), prints(override)
+    assert {name for name in before if before[name] != after[name]} == changed
+
+
+def test_the_auxiliary_of_the_table_is_not_touched_by_a_guidance_interval(out: Path, tiny: TinyRecipe) -> None:
+    plain, interval = (Plan(tiny(*extra), out) for extra in ((), ("guidance.sigma_lo=0.1", "guidance.sigma_hi=5")))
+    seeds = plain.seeds["selection"]
+    alone = (-1.0, 1.0, 96)
+    assert plain.evaluation(seeds, *alone).artifact == interval.evaluation(seeds, *alone).artifact
+    assert isinstance(interval.model(*alone), SimsModel)
