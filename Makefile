@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/digits
 
-.PHONY: demo test test-slow lint clean-venv
+.PHONY: demo test test-slow test-gpu lint clean-venv
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -19,6 +19,9 @@ test: $(VENV)/.installed ## the tests that take minutes in all
 
 test-slow: $(VENV)/.installed ## the tests that take longer, kill-and-compare among them
 	$(BIN)/python -m pytest -m slow
+
+test-gpu: $(VENV)/.installed ## half precision, compilation and waiting, where there is a CUDA device
+	$(BIN)/python -m pytest -m gpu
 
 lint: $(VENV)/.installed ## style, types, import contracts
 	$(BIN)/ruff check .
