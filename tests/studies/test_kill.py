@@ -117,13 +117,24 @@ def wait_for_stage(stage: str, out: Path, driver: "subprocess.Popen[Any]") -> No
         time.sleep(0.02)
 
 
+def heed_interrupts() -> None:
+    """A shell makes what it starts in the background ignore Ctrl-C, and the tests may run there."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("stage", ["train", "synthesize", "tune"])
 def test_ctrl_c_ends_with_a_hint_and_leaves_no_process(
     stage: str, undisturbed: Path, tmp_path: Path, mark: str
 ) -> None:
     out = tmp_path / "run"
     before_stage(undisturbed, stage, out)
-    driver = subprocess.Popen(command(out), env=environment(mark), stderr=subprocess.PIPE, text=True)
+    driver = subprocess.Popen(
+        command(out),
+        env=environment(mark),
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_interrupts,
+    )
     wait_for_stage(stage, out, driver)
     driver.send_signal(signal.SIGINT)
     _, stderr = driver.communicate(timeout=120)
