@@ -1,15 +1,18 @@
 """The sample table: real and synthetic images in one Parquet schema that plain pyarrow can read.
 
-Columns: `id` int64 (synthetic: the seed; real: index in the source), `image` fixed-shape tensor
-uint8 [C, H, W], `label` int32 (-1: none), and optionally `weight` float32, the image's weight in training.
-A table is a folder of Parquet files plus `manifest.json`.
+Columns: `id` int64 (synthetic: the seed; real: index in the source), `image` fixed-shape tensor uint8 [C, H, W]
+or `latent` float16 [C, H, W], `label` int32 (-1: none), and optionally `weight` float32, the image's weight in
+training, `attribute` int32, what a classifier sees in it, and `source` string, the table it came from.
+A table is a folder of Parquet files plus `manifest.json`, on a disk or in an object store.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +22,15 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sims_ray.errors import SimsError
-from sims_ray.storage.artifacts import atomic_path, read_manifest
+from sims_ray.storage.artifacts import read_manifest
+from sims_ray.storage.folders import Folder
 
 SCHEMA_VERSION = 1
 METADATA_KEY = b"sims_ray"
-ROW_GROUP_BYTES = 8 << 20  # of raw pixels: larger groups cost memory in reading and writing, and save no space
+ROW_GROUP_BYTES = 4 << 20  # of raw pixels: larger groups cost memory in reading and writing, and save no space
 NO_LABEL = -1
+KINDS: dict[str, np.dtype[Any]] = {"image": np.dtype(np.uint8), "latent": np.dtype(np.float16)}
+OPTIONAL = {"weights": ("weight", pa.float32()), "attributes": ("attribute", pa.int32()), "sources": ("source", None)}
 
 
 @dataclass(frozen=True)
@@ -33,53 +39,92 @@ class Samples:
 
     Attributes:
         ids: int64 [N].
-        images: uint8 [N, C, H, W].
+        images: uint8 [N, C, H, W], or float16 for latents.
         labels: int32 [N], -1 for none.
         weights: float32 [N], weights of the images in training; None for equal ones.
+        attributes: int32 [N], what a classifier sees in the images; None where none looked.
+        sources: [N] strings, the tables that merged rows came from; None for one source.
     """
 
     ids: NDArray[np.int64]
-    images: NDArray[np.uint8]
+    images: NDArray[Any]
     labels: NDArray[np.int32]
     weights: NDArray[np.float32] | None = None
+    attributes: NDArray[np.int32] | None = None
+    sources: NDArray[Any] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
+    def __getitem__(self, rows: slice | NDArray[Any]) -> Samples:
+        """Some of the rows."""
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: column[rows] for name, column in columns.items() if column is not None})
+
+    @property
+    def kind(self) -> str:
+        """'image' or 'latent'.
+
+        Raises:
+            SimsError: images of another type.
+        """
+        for kind, dtype in KINDS.items():
+            if self.images.dtype == dtype:
+                return kind
+        raise SimsError(f"images are {self.images.dtype}; a table holds uint8 images or float16 latents")
+
+
+def encode_samples(samples: Samples, metadata: Mapping[str, Any]) -> pa.Buffer:
+    """One Parquet file as bytes; `metadata` lands in it under the key `sims_ray` as JSON."""
+    shape = samples.images.shape[1:]
+    value_type = pa.from_numpy_dtype(samples.images.dtype)
+    flat = pa.FixedSizeListArray.from_arrays(pa.array(samples.images.reshape(-1), value_type), math.prod(shape))
+    columns = {
+        "id": pa.array(samples.ids, pa.int64()),
+        samples.kind: pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(value_type, shape), flat),
+        "label": pa.array(samples.labels, pa.int32()),
+    }
+    for field, (column, column_type) in OPTIONAL.items():
+        if (values := getattr(samples, field)) is not None:
+            columns[column] = pa.array(values, column_type or pa.string())
+    facts = json.dumps({"schema_version": SCHEMA_VERSION, **metadata}, sort_keys=True)
+    table = pa.table(columns).replace_schema_metadata({METADATA_KEY: facts.encode()})
+    sink = pa.BufferOutputStream()
+    rows = row_group_rows(shape, samples.images.dtype)
+    # Page checksums tell a torn or flipped page even before a manifest holds the file's digest.
+    pq.write_table(table, sink, row_group_size=rows, compression="zstd", store_schema=True, write_page_checksum=True)
+    return sink.getvalue()
+
+
+def row_group_rows(shape: Sequence[int], dtype: np.dtype[Any]) -> int:
+    """Rows per row group, for images of one shape [C, H, W]."""
+    return max(1, ROW_GROUP_BYTES // (math.prod(shape) * dtype.itemsize))
+
 
 def write_samples(path: Path, samples: Samples, metadata: Mapping[str, Any]) -> None:
     """Write one Parquet file atomically; `metadata` lands in the file under the key `sims_ray` as JSON."""
-    shape = samples.images.shape[1:]
-    tensor_type = pa.fixed_shape_tensor(pa.uint8(), shape)
-    flat = pa.FixedSizeListArray.from_arrays(pa.array(samples.images.reshape(-1)), int(np.prod(shape)))
-    columns = {
-        "id": pa.array(samples.ids, pa.int64()),
-        "image": pa.ExtensionArray.from_storage(tensor_type, flat),
-        "label": pa.array(samples.labels, pa.int32()),
-    }
-    if samples.weights is not None:
-        columns["weight"] = pa.array(samples.weights, pa.float32())
-    table = pa.table(columns)
-    facts = json.dumps({"schema_version": SCHEMA_VERSION, **metadata}, sort_keys=True)
-    table = table.replace_schema_metadata({METADATA_KEY: facts.encode()})
-    rows = max(1, ROW_GROUP_BYTES // int(np.prod(shape)))
-    with atomic_path(path) as beside:
-        pq.write_table(table, beside, row_group_size=rows, compression="zstd", store_schema=True)
+    Folder.at(path.parent).put(path.name, encode_samples(samples, metadata))
 
 
-def read_samples(path: Path) -> Samples:
-    """Read one Parquet file of a sample table.
+def read_samples(
+    path: Path | str, start: int = 0, stop: int | None = None, columns: Sequence[str] | None = None
+) -> Samples:
+    """Read rows of one Parquet file of a sample table; only their row groups are fetched.
+
+    Args:
+        path: file, or its URI.
+        start, stop: rows.
+        columns: optional columns to read beside `id`, the images and `label`; none for all there are.
 
     Raises:
         SimsError: not Parquet, or not this schema.
     """
+    folder, _, name = str(path).rpartition("/")
     try:
-        table = pq.read_table(path)
-        image_type = table.schema.field("image").type
-        shape = tuple(image_type.shape)
-        images = table["image"].combine_chunks().storage.flatten().to_numpy().reshape(-1, *shape)
-        weights = table["weight"].to_numpy() if "weight" in table.column_names else None
-        return Samples(table["id"].to_numpy(), images, table["label"].to_numpy(), weights)
+        with Folder.at(folder or ".").open(name) as file:
+            table, first = _row_groups(pq.ParquetFile(file, page_checksum_verification=True), start, stop, columns)
+            samples = to_samples(table)
+            return samples[slice(start - first, None if stop is None else stop - first)]
     except (pa.ArrowException, KeyError, AttributeError, OSError) as error:
         reason = " ".join(str(error).split())
         raise SimsError(
@@ -87,26 +132,55 @@ def read_samples(path: Path) -> Samples:
         ) from None
 
 
+def to_samples(table: pa.Table) -> Samples:
+    """The rows of an Arrow table with the columns of a sample table, without a copy where it is in one piece.
+
+    Raises:
+        KeyError, AttributeError: it has other columns.
+    """
+    names = table.column_names
+    kind = next((kind for kind in KINDS if kind in names), "image")
+    shape = tuple(table.schema.field(kind).type.shape)
+    images = table[kind].combine_chunks().storage.flatten().to_numpy(zero_copy_only=False).reshape(-1, *shape)
+    optional = {field: table[column].to_numpy() for field, (column, _) in OPTIONAL.items() if column in names}
+    return Samples(table["id"].to_numpy(), images, table["label"].to_numpy(), **optional)
+
+
+def _row_groups(
+    file: pq.ParquetFile, start: int, stop: int | None, columns: Sequence[str] | None
+) -> tuple[pa.Table, int]:
+    """The row groups that rows [start, stop) lie in, and the row they begin with."""
+    meta = file.metadata
+    bounds = list(accumulate((meta.row_group(i).num_rows for i in range(meta.num_row_groups)), initial=0))
+    stop = bounds[-1] if stop is None else stop
+    groups = [i for i in range(meta.num_row_groups) if bounds[i] < stop and bounds[i + 1] > start]
+    names = file.schema_arrow.names
+    if columns is not None:
+        names = [name for name in names if name in ("id", "label", *KINDS, *columns)]
+    table = file.read_row_groups(groups, names)
+    return table, bounds[groups[0]] if groups else start
+
+
 class SampleTable:
     """A committed folder of sample files.
 
     Args:
-        folder: folder with `manifest.json`.
+        folder: folder with `manifest.json`, or its URI.
 
     Raises:
         SimsError: no manifest there, or its manifest lists no sample files.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.manifest = read_manifest(folder)
+    def __init__(self, folder: Path | str | Folder) -> None:
+        self.folder = Folder.at(folder)
+        self.manifest = read_manifest(self.folder)
         files = self.manifest.get("files", {})
-        self._rows = {name: f["rows"] for name, f in sorted(files.items()) if "rows" in f}
-        if not self._rows:
-            raise SimsError(f"{folder} lists no sample files; make a table with `sims data import`")
+        self.file_rows: dict[str, int] = {name: f["rows"] for name, f in sorted(files.items()) if "rows" in f}
+        if not self.file_rows:
+            raise SimsError(f"{self.folder} lists no sample files; make a table with `sims data import`")
 
     def __len__(self) -> int:
-        return sum(self._rows.values())
+        return sum(self.file_rows.values())
 
     @property
     def fingerprint(self) -> str:
@@ -120,6 +194,11 @@ class SampleTable:
         return c, h, w
 
     @property
+    def kind(self) -> str:
+        """'image' or 'latent'."""
+        return str(self.manifest["result"].get("kind", "image"))
+
+    @property
     def num_classes(self) -> int:
         """Number of classes K: largest label + 1, or 0 without labels."""
         return int(self.manifest["result"]["num_classes"])
@@ -129,10 +208,34 @@ class SampleTable:
         """Rows without a label."""
         return int(self.manifest["result"]["unlabelled"])
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one image in memory."""
+        return math.prod(self.shape) * KINDS[self.kind].itemsize
+
     def files(self) -> Iterator[Samples]:
         """The files in order, one in memory at a time."""
-        for name in self._rows:
-            yield read_samples(self.folder / name)
+        for name in self.file_rows:
+            yield self.read(name)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Samples:
+        """Rows of one of its files."""
+        return read_samples(f"{self.folder.location}/{name}", start, stop)
+
+    def rows(self, start: int, stop: int) -> Samples:
+        """Rows [start, stop) in the order of the files.
+
+        Raises:
+            SimsError: the table has fewer rows.
+        """
+        if not 0 <= start <= stop <= len(self):
+            raise SimsError(f"{self.folder} has {len(self)} rows, {stop} were asked for; synthesize or import more")
+        parts, first = [], 0
+        for name, rows in self.file_rows.items():
+            if first < stop and first + rows > start:
+                parts.append(self.read(name, max(start - first, 0), min(stop - first, rows)))
+            first += rows
+        return concatenate(parts) if parts else self.read(next(iter(self.file_rows)), 0, 0)
 
     def head(self, n: int) -> Samples:
         """The first `n` rows.
@@ -140,32 +243,30 @@ class SampleTable:
         Raises:
             SimsError: the table has fewer rows.
         """
-        if n > len(self):
-            raise SimsError(f"{self.folder} has {len(self)} rows, {n} were asked for; synthesize or import more")
-        parts, rows = [], 0
-        for samples in self.files():
-            parts.append(samples)
-            rows += len(samples)
-            if rows >= n:
-                break
-        return Samples(
-            np.concatenate([p.ids for p in parts])[:n],
-            np.concatenate([p.images for p in parts])[:n],
-            np.concatenate([p.labels for p in parts])[:n],
-            _weights(parts, n),
-        )
+        return self.rows(0, n)
 
 
-def _weights(parts: Sequence[Samples], n: int) -> NDArray[np.float32] | None:
-    """The weights of the first `n` rows; files without any count as 1."""
-    if all(part.weights is None for part in parts):
-        return None
-    filled = [np.ones(len(p), np.float32) if p.weights is None else p.weights for p in parts]
-    return np.concatenate(filled)[:n]
+def concatenate(parts: Sequence[Samples]) -> Samples:
+    """Rows of several parts in one; where only some have weights, the others' count as 1."""
+    if len(parts) == 1:
+        return parts[0]
+    columns: dict[str, Any] = {}
+    for field in fields(Samples):
+        values = [getattr(part, field.name) for part in parts]
+        if field.name == "weights" and any(value is not None for value in values):
+            values = [np.ones(len(p), np.float32) if v is None else v for p, v in zip(parts, values, strict=True)]
+        columns[field.name] = None if any(value is None for value in values) else np.concatenate(values)
+    return Samples(**columns)
 
 
-def table_result(shape: tuple[int, ...], labels: NDArray[np.int32], rows: int) -> dict[str, Any]:
-    """The facts a table's manifest carries: rows, shape, number of classes, rows without a label."""
+def table_result(shape: tuple[int, ...], labels: NDArray[np.int32], rows: int, kind: str = "image") -> dict[str, Any]:
+    """The facts a table's manifest carries: rows, shape, kind, number of classes, rows without a label."""
     num_classes = int(labels.max()) + 1 if len(labels) else 0
     unlabelled = int((labels == NO_LABEL).sum())
-    return {"rows": rows, "shape": list(shape), "num_classes": max(num_classes, 0), "unlabelled": unlabelled}
+    return {
+        "rows": rows,
+        "shape": list(shape),
+        "kind": kind,
+        "num_classes": max(num_classes, 0),
+        "unlabelled": unlabelled,
+    }

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from sims_ray.data.contact_sheet import contact_sheet
 from sims_ray.errors import SimsError
 from sims_ray.report.plots import loss_figure, loss_png, omega_figure, omega_png
-from sims_ray.storage.artifacts import atomic_path
+from sims_ray.storage.folders import atomic_path
 
 TABLE_COLUMNS = ("model", "omega", "budget_kimg", "n_s", "distance", "spread", "gain", "evaluations_per_image")
 TRIAL_COLUMNS = ("omega", "budget_kimg", "n_s", "metric", "distance", "nimg")

@@ -15,7 +15,8 @@ from sims_ray.metrics.frechet import frechet_distance
 from sims_ray.metrics.moments import Moments, merge_all
 from sims_ray.stages.features import load_reference
 from sims_ray.stages.sampling import SeedRange, SeedRangeWorker, fill
-from sims_ray.storage.artifacts import Artifact, atomic_path, read_manifest
+from sims_ray.storage.artifacts import Artifact, read_manifest
+from sims_ray.storage.folders import atomic_path
 from sims_ray.storage.models import SimsModel
 
 MOMENTS = "moments.npz"

@@ -19,8 +19,9 @@ from sims_ray.metrics.moments import Moments, merge_all
 from sims_ray.nn.classifier import FeatureClassifier
 from sims_ray.stages.cluster import as_sentence, start_ray
 from sims_ray.stages.progress import Progress
-from sims_ray.storage.artifacts import Artifact, atomic_path, read_manifest
+from sims_ray.storage.artifacts import Artifact, read_manifest
 from sims_ray.storage.checkpoints import load_tensors, save_tensors
+from sims_ray.storage.folders import atomic_path
 
 logger = logging.getLogger("sims_ray")
 

@@ -24,7 +24,7 @@ from sims_ray.metrics.features import FeatureExtractor, images_moments
 from sims_ray.stages.cluster import as_sentence, start_ray
 from sims_ray.stages.features import load_extractor
 from sims_ray.stages.progress import Progress
-from sims_ray.storage.artifacts import atomic_path
+from sims_ray.storage.folders import atomic_path
 from sims_ray.storage.models import SimsModel
 
 

@@ -9,16 +9,14 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
-import platform
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sims_ray.errors import SimsError
+from sims_ray.storage.folders import Folder, atomic_path
 
 MANIFEST = "manifest.json"
 FORMAT = 1  # raise when a stage's mathematics changes, so that old artifacts are not taken for new ones
@@ -38,22 +36,10 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; renamed onto `path` on success, removed on failure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.tmp")
-    try:
-        yield beside
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically, indented and with sorted keys."""
     with atomic_path(path) as beside:
-        beside.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+        beside.write_text(to_json(value))
 
 
 @dataclass(frozen=True)
@@ -118,19 +104,8 @@ class Artifact:
             name: {"sha256": sha256_file(self.path / name), **facts, "bytes": (self.path / name).stat().st_size}
             for name, facts in files.items()
         }
-        write_json(
-            self.path / MANIFEST,
-            {
-                "format": FORMAT,
-                "stage": self.stage,
-                "fingerprint": self.fingerprint,
-                "settings": dict(self.settings),
-                "parents": list(self.parents),
-                "files": entries,
-                "result": dict(result or {}),
-                "versions": {name: _version(name) for name in VERSIONED},
-            },
-        )
+        manifest = new_manifest(self.stage, self.settings, self.parents, entries, result or {})
+        write_json(self.path / MANIFEST, manifest)
 
 
 def adopt(source: Path, artifact: Artifact, name: str) -> None:
@@ -158,21 +133,47 @@ class Store:
         return Artifact(self.root / name, stage, plain, prints)
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def new_manifest(
+    stage: str,
+    settings: Mapping[str, Any],
+    parents: Sequence[str],
+    files: Mapping[str, Mapping[str, Any]],
+    result: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What commits a folder: what it is, and for each file its `sha256`, its `bytes` and further facts."""
+    return {
+        "format": FORMAT,
+        "stage": stage,
+        "fingerprint": fingerprint(stage, settings, parents),
+        "settings": dict(settings),
+        "parents": list(parents),
+        "files": {name: dict(facts) for name, facts in sorted(files.items())},
+        "result": dict(result),
+        "versions": {name: _version(name) for name in VERSIONED},
+    }
+
+
+def to_json(value: Any) -> str:
+    """JSON, indented and with sorted keys."""
+    return json.dumps(value, indent=1, sort_keys=True) + "\n"
+
+
+def read_manifest(folder: Path | str | Folder) -> dict[str, Any]:
     """Read the manifest of a committed folder.
 
     Raises:
         SimsError: there is none, or it is not JSON.
     """
-    path = folder / MANIFEST
+    folder = Folder.at(folder)
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(folder.read(MANIFEST).decode())
         if not isinstance(manifest, dict):
             raise ValueError("not an object")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise SimsError(f"{folder} has no {MANIFEST}: it is not a finished artifact; make it first") from None
     except ValueError as error:  # JSON and UTF-8 errors are ValueErrors
-        raise SimsError(f"{path} is not a manifest ({error}); delete {folder} and make it again") from None
+        where = f"{folder}/{MANIFEST}"
+        raise SimsError(f"{where} is not a manifest ({error}); delete {folder} and make it again") from None
     return manifest
 
 

@@ -228,7 +228,7 @@ def test_the_manifest_is_complete_true_and_free_of_machine_paths(tmp_path: Path)
     keys = {"format", "stage", "fingerprint", "settings", "parents", "files", "result", "versions"}
     assert manifest.keys() == keys and manifest["stage"] == "import" and manifest["parents"] == []
     assert manifest["settings"] == {"source": "in", "size": 8, "crop": "center", "grey": False}
-    facts = {"rows": 1, "shape": [3, 8, 8], "num_classes": 1, "unlabelled": 0, "classes": ["a"]}
+    facts = {"rows": 1, "shape": [3, 8, 8], "kind": "image", "num_classes": 1, "unlabelled": 0, "classes": ["a"]}
     assert manifest["result"] == facts
     part = summary.folder / "part-00000.parquet"
     assert manifest["files"] == {part.name: {"rows": 1, "bytes": part.stat().st_size, "sha256": sha256_file(part)}}

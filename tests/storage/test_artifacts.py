@@ -8,12 +8,12 @@ from sims_ray.storage.artifacts import (
     MANIFEST,
     Artifact,
     Store,
-    atomic_path,
     fingerprint,
     read_manifest,
     sha256_file,
     write_json,
 )
+from sims_ray.storage.folders import atomic_path
 
 SETTINGS = {"lr": 1e-3, "budgets": [1, 2], "network": {"width": 16, "mult": [1, 2]}}
 
