@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from sims_ray.config import ComputeSettings, Recipe, load_recipe
+from tests.s3 import s3, s3_checks_credentials, s3_folder
+
+__all__ = ["s3", "s3_checks_credentials", "s3_folder"]
 
 TINY = (
     "network.model_channels=8",

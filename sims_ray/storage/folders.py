@@ -7,43 +7,45 @@ Credentials come from the environment alone (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 import platform
 import re
+import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from typing import IO, Any, TypeVar
+from urllib.parse import unquote
 
 from sims_ray.errors import SimsError
+from sims_ray.storage.stores import advice, check_bucket, open_store, reason
+from sims_ray.storage.stores import is_uri as is_uri
 
 T = TypeVar("T")
 
 CHUNK_BYTES = 8 << 20
 STALE_S = 24 * 3600.0  # a file beside that is older was left by a process that is gone, on whatever node
-SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+://")
-BESIDE = re.compile(r"^\..+\.(?P<node>[^/]+)-(?P<pid>\d+)-[0-9a-f]{8}\.tmp$")
-
-
-def is_uri(location: str | Path) -> bool:
-    """Whether a location names an object store and not a path."""
-    return isinstance(location, str) and SCHEME.match(location) is not None
+BESIDE = re.compile(r"^(?P<head>\..+)-(?P<pid>\d+)-[0-9a-f]{8}\.tmp$")
 
 
 def absolute(location: str | Path) -> str:
-    """The location as workers on any node find it: URIs as they are, paths made absolute."""
-    return str(location).rstrip("/") if is_uri(location) else str(Path(location).resolve())
+    """The location as workers on any node find it: URIs as they are, paths, file:// too, made absolute."""
+    if is_uri(location):
+        return str(location).rstrip("/")
+    path = str(location)
+    return str(Path(unquote(path.removeprefix("file://")) if path.startswith("file://") else path).resolve())
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to; renamed onto `path` on success, removed on failure."""
-    beside = _beside(path)
+    beside = hidden_path(path)
     try:
         yield beside
         os.replace(beside, path)
@@ -51,7 +53,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
         beside.unlink(missing_ok=True)
 
 
-def _beside(path: Path) -> Path:
+def hidden_path(path: Path) -> Path:
+    """A path beside `path` that `Folder.files` does not list and `Folder.sweep` removes once this process is gone."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
 
@@ -71,15 +74,12 @@ class Folder:
         """The folder at a path or URI; nothing is touched.
 
         Raises:
-            SimsError: a URI that carries credentials.
+            SimsError: a URI that carries credentials, or names no bucket.
         """
         if isinstance(location, Folder):
             return location
-        if is_uri(location) and "@" in urlsplit(str(location)).netloc:
-            raise SimsError(
-                "a URI must not carry credentials; leave out what is before the @ and set AWS_ACCESS_KEY_ID and "
-                "AWS_SECRET_ACCESS_KEY in the environment"
-            )
+        if is_uri(location):
+            check_bucket(str(location))
         return cls(absolute(location))
 
     def __str__(self) -> str:
@@ -101,7 +101,7 @@ class Folder:
         def listed() -> dict[str, int]:
             from pyarrow.fs import FileSelector, FileType
 
-            store, path = _store(self.location)
+            store, path = open_store(self.location)
             found = store.get_file_info(FileSelector(path, allow_not_found=True))
             files = [entry for entry in found if entry.type == FileType.File and not entry.base_name.startswith(".")]
             return {entry.base_name: entry.size for entry in sorted(files, key=lambda entry: entry.base_name)}
@@ -114,7 +114,7 @@ class Folder:
         def looked() -> int | None:
             from pyarrow.fs import FileType
 
-            store, path = _store(self.location)
+            store, path = open_store(self.location)
             entry = store.get_file_info(f"{path}/{name}")
             return int(entry.size) if entry.type == FileType.File else None
 
@@ -126,7 +126,7 @@ class Folder:
         Raises:
             FileNotFoundError: it is absent.
         """
-        store, path = _store(self.location)
+        store, path = open_store(self.location)
         return self._doing("read", lambda: store.open_input_file(f"{path}/{name}"), name)
 
     def read(self, name: str) -> bytes:
@@ -149,15 +149,38 @@ class Folder:
     def put(self, name: str, data: Any) -> None:
         """Write a file whole: beside and renamed on a disk, in one upload to an object store."""
         if self.local is not None:
-            self._doing("written", lambda: self._put_beside(name, data), name)
+            self._doing("written", lambda: self._fill_beside(name, lambda file: file.write(data)), name)
             return
 
         def upload() -> None:
-            store, path = _store(self.location)
-            with store.open_output_stream(f"{path}/{name}") as stream:  # appears when it is closed
-                stream.write(data)
+            from pyarrow import py_buffer
+
+            store, path = open_store(self.location)
+            whole = py_buffer(data)  # before the stream is there: closing it would make an empty file
+            # Not compressed, whatever the name ends with. The file appears when the stream is closed.
+            with store.open_output_stream(f"{path}/{name}", compression=None) as stream:
+                stream.write(whole)
 
         self._doing("written", upload, name)
+
+    def copy(self, name: str, source: Folder, sha256: str) -> None:
+        """Copy a file of another folder, piece by piece; it appears whole and with this digest, or not at all.
+
+        Raises:
+            SimsError: it is absent there, or has another digest.
+        """
+        if self.local is not None:
+            pour = partial(_pour, source, name, sha256)
+            self._doing("written", lambda: self._fill_beside(name, pour), name)
+            return
+
+        def through_disk() -> None:  # an upload cannot be taken back once the digest is known
+            with tempfile.TemporaryFile() as spool:
+                _pour(source, name, sha256, spool)
+                spool.flush()
+                self.put(name, mmap.mmap(spool.fileno(), 0, access=mmap.ACCESS_READ) if spool.tell() else b"")
+
+        self._doing("written", through_disk, name)
 
     def create(self, name: str, data: bytes) -> bool:
         """Write a file unless it is there; whether this call wrote it.
@@ -172,7 +195,7 @@ class Folder:
         target = self.local / name
 
         def linked() -> bool:
-            beside = _beside(target)
+            beside = hidden_path(target)
             try:
                 beside.write_bytes(data)
                 os.link(beside, target)  # fails where a rename would replace
@@ -188,7 +211,7 @@ class Folder:
         """Remove a file, if it is there."""
 
         def removed() -> None:
-            store, path = _store(self.location)
+            store, path = open_store(self.location)
             with suppress(FileNotFoundError):
                 store.delete_file(f"{path}/{name}")
 
@@ -206,57 +229,70 @@ class Folder:
         self.delete(probe)
 
     def sweep(self) -> None:
-        """Remove what processes that are gone were writing on this disk."""
+        """Remove what processes that are gone were writing on this disk: files, and folders in the making."""
         if self.local is None or not self.local.is_dir():
             return
         for path in self.local.glob(".*.tmp"):
-            match = BESIDE.match(path.name)
-            if match and _gone(match["node"], int(match["pid"]), path):
+            if not _gone(path):
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
                 path.unlink(missing_ok=True)
 
-    def _put_beside(self, name: str, data: Any) -> None:
+    def _fill_beside(self, name: str, fill: Callable[[IO[bytes]], Any]) -> None:
         with atomic_path(Path(self.location) / name) as beside, beside.open("wb") as file:
-            file.write(data)
+            fill(file)
             file.flush()
             os.fsync(file.fileno())  # or a node that loses power leaves a name without its content
 
     def _doing(self, done: str, action: Callable[[], T], name: str = "") -> T:
         """Run an action; what fails in it becomes one sentence."""
+        from pyarrow import ArrowException
+
         try:
             return action()
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             if done == "read":
-                raise
+                raise FileNotFoundError(*error.args) from None
             raise self._sentence(done, error, name) from None
-        except OSError as error:
+        except (OSError, ArrowException) as error:  # Google's client has errors of no other class
             raise self._sentence(done, error, name) from None
 
-    def _sentence(self, done: str, error: OSError, name: str) -> SimsError:
+    def _sentence(self, done: str, error: Exception, name: str) -> SimsError:
         where = f"{self}/{name}" if name else str(self)
-        advice = "make it writable or choose another folder"
-        if self.local is None:
-            advice = "check the bucket, and the credentials and the endpoint in the environment"
-        return SimsError(f"{where} cannot be {done} ({' '.join(str(error).split())}); {advice}")
+        hint = advice(error, self.location) if self.local is None else "make it writable or choose another folder"
+        return SimsError(f"{where} cannot be {done} ({reason(error)}); {hint}")
 
 
-@lru_cache(maxsize=64)
-def _store(location: str) -> tuple[Any, str]:
-    """pyarrow's file system of a location, and the path in it."""
-    from pyarrow.fs import FileSystem, LocalFileSystem
-
-    if not is_uri(location):
-        return LocalFileSystem(), location
+def _pour(source: Folder, name: str, sha256: str, target: IO[bytes]) -> None:
+    """Write a file of a folder into an open one, and check its digest on the way."""
+    digest = hashlib.sha256()
     try:
-        store, path = FileSystem.from_uri(location)
-    except (ValueError, OSError, NotImplementedError) as error:
-        reason = " ".join(str(error).split())
-        raise SimsError(f"{location} is no place to keep files ({reason}); give a path, s3:// or gs://") from None
-    return store, path
+        with source.open(name) as file:
+            while chunk := source._doing("read", lambda: file.read(CHUNK_BYTES), name):
+                digest.update(chunk)
+                target.write(chunk)
+    except FileNotFoundError:
+        raise SimsError(f"{source}/{name} is missing; restore it or make {source} again") from None
+    if digest.hexdigest() != sha256:
+        found = f"SHA-256 {digest.hexdigest()[:12]}..., its manifest says {sha256[:12]}..."
+        raise SimsError(f"{source}/{name} has {found}; restore it or make {source} again")
 
 
-def _gone(node: str, pid: int, path: Path) -> bool:
-    if node == platform.node():
-        return not Path(f"/proc/{pid}").exists()
+def _gone(path: Path) -> bool:
+    """Whether a process that is gone was writing this; of another node's that is a guess from its age."""
+    match = BESIDE.match(path.name)
+    if match is None:
+        return False
+    if match["head"].endswith(f".{platform.node()}"):
+        try:
+            os.kill(int(match["pid"]), 0)  # signal 0 only asks
+        except (ProcessLookupError, OverflowError):
+            return True
+        except PermissionError:
+            return False
+        return False
     with suppress(OSError):
         return time.time() - path.stat().st_mtime > STALE_S
     return False

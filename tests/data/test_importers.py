@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from numpy.typing import NDArray
+from containers import chw, imported, parquet, pixels, png, save
 from PIL import Image
 
 from sims_ray.data import importers
@@ -18,44 +18,10 @@ from sims_ray.data.importers import import_digits, import_images
 from sims_ray.data.table import SampleTable, read_samples
 from sims_ray.errors import SimsError
 from sims_ray.storage.artifacts import Artifact, Store, sha256_file
+from sims_ray.storage.folders import Folder
 
 CIFAR10 = Path(__file__).parents[3] / "shared" / "data" / "cifar10" / "train-0.parquet"
 EXIF_ORIENTATION = 0x0112
-
-
-def pixels(seed: int, height: int = 8, width: int = 8, channels: int = 3) -> NDArray[np.uint8]:
-    """Random pixels [H, W, C], or [H, W] for one channel."""
-    values = np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
-    return values[..., 0] if channels == 1 else values
-
-
-def save(path: Path, array: NDArray[np.uint8], **options: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array).save(path, **options)
-
-
-def png(array: NDArray[np.uint8]) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(array).save(file, "PNG")
-    return file.getvalue()
-
-
-def parquet(path: Path, **columns: Any) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(columns), path)
-    return path
-
-
-def chw(array: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    return np.atleast_3d(array).transpose(2, 0, 1)
-
-
-def imported(source: Path, **options: Any) -> Any:
-    out = source.with_name(f"{source.name}-table")
-    import_images(source, out, **options)
-    table = SampleTable(out)
-    return table.head(len(table))
-
 
 # --- digits -------------------------------------------------------------------------------------------------
 
@@ -399,3 +365,42 @@ def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
     save(tmp_path / "in" / "0.png", pixels(0))
     with pytest.raises(SimsError, match=r"0.png/out cannot be made"):
         import_images(tmp_path / "in", tmp_path / "in" / "0.png" / "out")
+
+
+# --- object stores ------------------------------------------------------------------------------------------
+
+
+def test_a_table_in_an_object_store_has_the_same_content(tmp_path: Path, s3_folder: str) -> None:
+    for i in range(3):
+        save(tmp_path / "in" / f"{i}.png", pixels(i))
+    here, there = import_images(tmp_path / "in", tmp_path / "out"), import_images(tmp_path / "in", s3_folder)
+    local, remote = SampleTable(tmp_path / "out"), SampleTable(s3_folder)
+    assert here.fingerprint == there.fingerprint == remote.fingerprint
+    assert remote.manifest == local.manifest and np.array_equal(remote.head(3).images, local.head(3).images)
+    assert sorted(Folder.at(s3_folder).files()) == ["manifest.json", "part-00000.parquet"]
+    with pytest.raises(SimsError, match=r"holds manifest.json; choose another name"):
+        import_images(tmp_path / "in", s3_folder)
+
+
+@pytest.mark.parametrize("fault", [SimsError, KeyboardInterrupt])
+def test_a_failed_import_removes_its_parts_from_an_object_store(
+    tmp_path: Path, s3_folder: str, monkeypatch: pytest.MonkeyPatch, fault: type[BaseException]
+) -> None:
+    monkeypatch.setattr(importers, "PART_BYTES", 3 * 8 * 8)
+    source, seen = parquet(tmp_path / "in.parquet", image=encoded(3)), list[str]()
+
+    def stop(done: int) -> None:
+        seen.extend(Folder.at(s3_folder).files())
+        if done == 2:
+            raise fault("stopped")
+
+    with pytest.raises(fault, match="stopped"):
+        import_images(source, s3_folder, on_progress=stop)
+    assert "part-00001.parquet" in seen and Folder.at(s3_folder).files() == {}
+
+
+def test_a_store_that_cannot_be_written_to_is_named_before_any_work(tmp_path: Path, s3: str) -> None:
+    save(tmp_path / "in" / "0.png", pixels(0))
+    (tmp_path / "in" / "1.png").write_text("no image, and not looked at")
+    with pytest.raises(SimsError, match="no-such-bucket/table"):
+        import_images(tmp_path / "in", "s3://no-such-bucket/table")

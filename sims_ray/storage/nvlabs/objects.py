@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sims_ray.storage.nvlabs.reader import (
@@ -77,15 +78,30 @@ class _Dtype(Stateful):
             raise TypeError("not a byte order of this machine")
 
 
-class _Array(Stateful):
-    """An array of numbers; it lies beside the network, so its content is not kept."""
+class Array(Stateful):
+    """An array of numbers, as bytes until its values are asked for."""
 
-    __slots__ = ()
+    __slots__ = ("state",)
+
+    def __init__(self) -> None:
+        self.state: tuple[Any, ...] = ()
 
     def set_state(self, state: Any) -> None:
+        """Take the shape, the type and the bytes."""
         _, _, dtype, _, content = state
-        if not isinstance(dtype, _Dtype) or type(content) is not bytes:
+        if not isinstance(dtype, _Dtype) or type(content) not in (bytes, str):  # text: the bytes of Python 2
             raise TypeError("not an array of numbers")
+        self.state = state
+
+    def values(self) -> NDArray[Any]:
+        """The array.
+
+        Raises:
+            ValueError, TypeError: its bytes do not make up its shape.
+        """
+        _, shape, dtype, by_column, content = self.state
+        held = content.encode("latin-1") if type(content) is str else content
+        return np.frombuffer(held, dtype.code).reshape(shape, order="F" if by_column else "C")
 
 
 def read_objects(file: mmap) -> Any:
@@ -205,24 +221,27 @@ def _numpy_scalar(dtype: Any, content: Any) -> Any:
     return value.item()
 
 
-def _numpy_array(kind: Any, shape: Any, code: Any) -> _Array:
+def _numpy_array(kind: Any, shape: Any, code: Any) -> Array:
     if not isinstance(kind, Global) or kind.name != "ndarray":
         raise TypeError("not an array")
-    return _Array()
+    return Array()
 
 
 STORAGE_GLOBALS: Makers = {("torch", name): None for name in STORAGE_BYTES}
+NUMPY_GLOBALS: Makers = {
+    ("numpy", "dtype"): _numpy_dtype,
+    ("numpy", "ndarray"): None,
+    ("numpy.core.multiarray", "_reconstruct"): _numpy_array,
+    ("numpy._core.multiarray", "_reconstruct"): _numpy_array,
+}
 GLOBALS: Makers = {
+    **NUMPY_GLOBALS,
     ("torch_utils.persistence", "_reconstruct_persistent_obj"): _persistent_object,
     ("collections", "OrderedDict"): _mapping,
     ("dnnlib.util", "EasyDict"): _mapping,
     ("torch.nn.modules.container", "ModuleDict"): _module_dict,
     ("torch._utils", "_rebuild_parameter"): _parameter,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    ("numpy", "dtype"): _numpy_dtype,
-    ("numpy", "ndarray"): None,
     ("numpy.core.multiarray", "scalar"): _numpy_scalar,
     ("numpy._core.multiarray", "scalar"): _numpy_scalar,
-    ("numpy.core.multiarray", "_reconstruct"): _numpy_array,
-    ("numpy._core.multiarray", "_reconstruct"): _numpy_array,
 }

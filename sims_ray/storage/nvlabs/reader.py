@@ -2,7 +2,8 @@
 
 A pickle is a program. `pickle.Unpickler` gives a hostile one too much even with `find_class` closed: a memo index
 of four bytes fills gigabytes, a deep tuple as a key crashes the process, and BUILD alters any object within reach.
-This interpreter knows the instructions that a snapshot of EDM or EDM2 has and refuses all others by name.
+This interpreter knows the instructions that a snapshot of EDM or EDM2 has, and on request the strings of Python 2,
+and refuses all others by name.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ from typing import Any
 
 PROTOCOLS = range(2, 6)
 MAX_SHOWN = 80  # characters of a name from the file in a message
-HOSTILE = "which no EDM or EDM2 snapshot contains; it may be hostile, do not open it with other tools"
+SNAPSHOT = "EDM or EDM2 snapshot"
+HOSTILE = f"which no {SNAPSHOT} contains; it may be hostile, do not open it with other tools"
 DAMAGED = "it is cut off or damaged; download it again"
 
 ARGUMENTS = frozenset({
     "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8",
     "SHORT_BINBYTES", "BINBYTES", "BINBYTES8",
 })  # fmt: skip  # instructions that push their argument; not LONG4: numbers of any length are slow to compute with
+STRINGS = frozenset({"SHORT_BINSTRING", "BINSTRING"})  # of Python 2: text or bytes, here as Latin-1
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 EMPTY: dict[str, Callable[[], Any]] = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": set}
 TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
@@ -68,18 +71,22 @@ def shown(value: object) -> str:
     return "".join(c if c.isprintable() else "?" for c in value[:MAX_SHOWN])
 
 
-def run_pickle(file: mmap | BytesIO, makers: Makers, persistent: bool = False) -> Any:
+def run_pickle(
+    file: mmap | BytesIO, makers: Makers, persistent: bool = False, *, kind: str = SNAPSHOT, strings: bool = False
+) -> Any:
     """Run one pickle; the file stays right behind it.
 
     Args:
         file: whose `read` never returns more than there is, however much is asked for.
         makers: the globals that may be named.
         persistent: whether persistent ids may occur; they become `Persistent`.
+        kind: what the file should be, for messages.
+        strings: whether strings of Python 2 may occur.
 
     Raises:
         Refusal: the pickle has a global or an instruction that is not known here, or is damaged.
     """
-    machine = _Machine(makers, persistent)
+    machine = _Machine(makers, persistent, kind, strings)
     position = file.tell()
     try:
         for opcode, argument, found in pickletools.genops(file):  # type: ignore[arg-type]
@@ -96,15 +103,17 @@ def run_pickle(file: mmap | BytesIO, makers: Makers, persistent: bool = False) -
 class _Machine:
     """The stack and the memo of a pickle."""
 
-    def __init__(self, makers: Makers, persistent: bool) -> None:
+    def __init__(self, makers: Makers, persistent: bool, kind: str, strings: bool) -> None:
         self.makers, self.persistent = makers, persistent
+        self.hostile = HOSTILE.replace(SNAPSHOT, kind)
+        self.pushed = ARGUMENTS | STRINGS if strings else ARGUMENTS
         self.stack: list[Any] = []
         self.below: list[list[Any]] = []  # what lies under each mark
         self.memo: dict[int, Any] = {}
 
     def step(self, name: str, argument: Any) -> None:
         """Run one instruction."""
-        if name in ARGUMENTS:
+        if name in self.pushed:
             self.stack.append(argument)
         elif name in CONSTANTS:
             self.stack.append(CONSTANTS[name])
@@ -148,11 +157,11 @@ class _Machine:
             case "BINPERSID" if self.persistent:
                 self.stack.append(Persistent(self.stack.pop()))
             case "PROTO" if argument not in PROTOCOLS:
-                raise Refusal(f"is a pickle of protocol {argument}, not 4; give the .pkl file that NVIDIA published")
+                raise Refusal(f"is a pickle of protocol {argument}, not 2 to 5; give the file as it was published")
             case "PROTO" | "FRAME" | "STOP":
                 pass
             case _:
-                raise Refusal(f"has the pickle instruction {name}, {HOSTILE}")
+                raise Refusal(f"has the pickle instruction {name}, {self.hostile}")
 
     def _marked(self) -> list[Any]:
         items, self.stack = self.stack, self.below.pop()
@@ -178,7 +187,7 @@ class _Machine:
         if type(module) is not str or type(name) is not str:
             raise TypeError("not the name of a global")
         if (module, name) not in self.makers:
-            raise Refusal(f"names the global {shown(f'{module}.{name}')}, {HOSTILE}")
+            raise Refusal(f"names the global {shown(f'{module}.{name}')}, {self.hostile}")
         self.stack.append(Global(module, name))
 
     def _make(self, maker: Any, arguments: Any) -> None:
@@ -186,11 +195,11 @@ class _Machine:
             raise TypeError("not a call")
         make = self.makers[maker.module, maker.name]
         if make is None:
-            raise Refusal(f"calls {maker.module}.{maker.name}, {HOSTILE}")
+            raise Refusal(f"calls {maker.module}.{maker.name}, {self.hostile}")
         self.stack.append(make(*arguments))
 
     def _build(self, state: Any) -> None:
         target = self.stack[-1]
         if not isinstance(target, Stateful):
-            raise Refusal(f"sets the state of an object of type {type(target).__name__}, {HOSTILE}")
+            raise Refusal(f"sets the state of an object of type {type(target).__name__}, {self.hostile}")
         target.set_state(state)
