@@ -18,9 +18,11 @@ from sims_ray.nn.merge import merge
 from sims_ray.nn.networks import num_parameters
 from sims_ray.storage.artifacts import MANIFEST, read_manifest, sha256_file
 from sims_ray.storage.checkpoints import described, load_model, load_tensors, save_tensors
+from sims_ray.storage.latents import EDM2_LATENTS
 
 SUFFIX = ".safetensors"
-KEPT = ("network", "precision", "nimg", "ema", "encoder", "source")  # of the base's card, in a merged one
+KEPT = ("network", "precision", "nimg", "ema", "encoder", "latents", "source")  # of the base's card, in a merged one
+LATENT_PRESETS = "edm2-img512-"
 ADVICE = "save one with torch.save(net.state_dict(), path)"
 
 
@@ -119,6 +121,8 @@ def _bare(source: Path, preset: str) -> tuple[dict[str, Tensor], dict[str, Any]]
         "precision": load_recipe(preset).network.precision,
         "source": source.name,
     }
+    if preset.startswith(LATENT_PRESETS):
+        card["latents"] = EDM2_LATENTS
     try:
         if source.suffix == SUFFIX:
             return load_file(source), card

@@ -196,6 +196,84 @@ def test_the_encoder_of_edm2_stands_in_the_card(convert: Callable[..., Any], mar
     assert (card["encoder"], card["source"]["class"]) == ("StabilityVAEEncoder", "Precond")
 
 
+LATENT_NET = {**TINY_EDM2, "img_channels": 4}
+EDM2_MEAN, EDM2_STD = [5.81, 3.25, 0.12, -2.15], [4.17, 4.62, 3.71, 3.28]
+
+
+def with_encoder(marker: Path, kind: str = "StabilityVAEEncoder", **state: Any) -> dict[str, Any]:
+    """A snapshot of a network of latents whose encoder has this state."""
+    return {**snapshot(network(LATENT_NET), LATENT_NET, marker), "encoder": persistent(kind, state)}
+
+
+def computed(mean: list[float], std: list[float], final_mean: float = 0.0) -> dict[str, Any]:
+    """What EDM2's encoder computes with, for these statistics."""
+    scale = np.float32(0.5) / np.float32(std)
+    return {"scale": scale, "bias": np.float32(final_mean) - np.float32(mean) * scale}
+
+
+def test_how_latents_relate_to_pixels_stands_in_the_card(convert: Callable[..., Any], marker: Path) -> None:
+    state = {"vae_name": "stabilityai/sd-vae-ft-mse", "batch_size": 8, "_vae": None, "_init_args": ()}
+    _, card = convert(dumps(with_encoder(marker, **state, _init_kwargs=EasyDict(), **computed(EDM2_MEAN, EDM2_STD))))
+    assert card["latents"] == {
+        "vae": "stabilityai/sd-vae-ft-mse", "raw_mean": EDM2_MEAN, "raw_std": EDM2_STD,
+        "final_mean": 0.0, "final_std": 0.5, "pixel_range": [0, 1], "rounding": "down",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["named", "positional"])
+def test_what_the_encoder_was_made_with_goes_before_the_defaults(
+    convert: Callable[..., Any], marker: Path, form: str
+) -> None:
+    given = {"vae_name": "me/vae", "raw_mean": (1, 2, 3, 4), "raw_std": [1.5, 2.0, 3.0, 4.0], "final_mean": 0.25}
+    made = {"_init_kwargs": given} if form == "named" else {"_init_args": tuple(given.values())}
+    _, card = convert(dumps(with_encoder(marker, **made)))
+    found = {key: card["latents"][key] for key in ("vae", "raw_mean", "raw_std", "final_mean", "final_std")}
+    assert found == {
+        "vae": "me/vae", "raw_mean": [1, 2, 3, 4], "raw_std": [1.5, 2.0, 3.0, 4.0], "final_mean": 0.25,
+        "final_std": 0.5,
+    }  # fmt: skip
+
+
+def test_what_the_encoder_computes_with_goes_before_all(convert: Callable[..., Any], marker: Path) -> None:
+    mean, std = [0.5, -1.0, 2.0, 0.0], [2.0, 4.0, 1.0, 0.5]
+    made = {"vae_name": "me/vae", "_init_kwargs": {"vae_name": "old/vae", "raw_std": EDM2_STD, "final_mean": 0.25}}
+    _, card = convert(dumps(with_encoder(marker, **made, **computed(mean, std, 0.25))))
+    entry = card["latents"]
+    assert entry["vae"] == "me/vae"
+    assert entry["raw_mean"] == pytest.approx(mean) and entry["raw_std"] == pytest.approx(std)
+
+
+def test_a_network_of_images_has_no_latents(convert: Callable[..., Any], marker: Path) -> None:
+    for content in (
+        with_encoder(marker, "StandardRGBEncoder"),
+        snapshot(network(TINY_EDM2), TINY_EDM2, marker),  # one channel, and the encoder of latents
+        snapshot(*tiny(), marker),
+    ):
+        _, card = convert(dumps(content))
+        assert "latents" not in card
+        shutil.rmtree(marker.parent / "out")
+
+
+@pytest.mark.parametrize(
+    ("state", "reason"),
+    [
+        ({"_init_kwargs": {"raw_std": [1, 2, 3, 0]}}, "latents.raw_std.3 is not possible"),
+        ({"_init_kwargs": {"raw_mean": "abcd"}}, "latents.raw_mean is not possible"),
+        ({"_init_kwargs": {"final_std": float("nan")}}, "latents.final_std"),
+        ({"_init_kwargs": {"raw_mean": [1, 2]}}, "latents.raw_mean has 2 values, raw_std 4"),
+        ({"vae_name": 7}, "latents.vae"),
+        ({"vae_name": "x" * 5000}, "latents.vae"),
+        ({"_init_kwargs": [1]}, "does not tell the constructor arguments of its encoder"),
+        ({"scale": np.zeros(4, np.float32), "bias": np.zeros(4, np.float32)}, "latents.raw_std.0"),
+        ({"scale": np.full(4, np.nan), "bias": np.zeros(4)}, "latents.raw_mean.0"),
+    ],
+)
+def test_an_encoder_that_is_not_possible_is_refused(
+    refused: Callable[[bytes], str], marker: Path, state: dict[str, Any], reason: str
+) -> None:
+    assert reason in refused(dumps(with_encoder(marker, **state)))
+
+
 def test_numpy_values_are_read_under_their_old_module_names_too(convert: Callable[..., Any], marker: Path) -> None:
     scalar = as_global(lambda *_: None, "numpy.core.multiarray", "scalar")
     array = as_global(lambda *_: None, "numpy.core.multiarray", "_reconstruct")

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,15 +20,24 @@ from sims_ray.errors import SimsError
 from sims_ray.nn.networks import describe_network, num_parameters
 from sims_ray.storage.artifacts import sha256_file
 from sims_ray.storage.checkpoints import save_tensors
-from sims_ray.storage.nvlabs.objects import Record, read_objects
+from sims_ray.storage.latents import EDM2_ENCODER, EDM2_LATENTS, LatentSpace
+from sims_ray.storage.nvlabs.objects import Array, Record, read_objects
 from sims_ray.storage.nvlabs.reader import Refusal, shown
 from sims_ray.storage.nvlabs.settings import network_settings
 
 LICENCE = "CC BY-NC-SA 4.0 (NVIDIA; non-commercial)"
 SUFFIX = ".safetensors"
 MAX_NAME = 200  # characters; also limits how deep modules may nest
+MAX_CHANNELS = 64  # of latents
 PICKLE, ZIP = b"\x80", b"PK"
 PUBLISHED = "give the .pkl file of a network that NVIDIA published"
+ENCODER_ARGUMENTS = {  # of EDM2's encoder in their order, and what they are called in a card
+    "vae_name": "vae",
+    "raw_mean": "raw_mean",
+    "raw_std": "raw_std",
+    "final_mean": "final_mean",
+    "final_std": "final_std",
+}
 FILE_NAME = re.compile(r".+-(?P<kimg>\d{6,7})(?:-(?P<std>\d\.\d{3}))?\.pkl")  # of EDM, then of EDM2 with its EMA
 
 
@@ -56,6 +66,7 @@ def import_nvlabs(source: Path, target: Path) -> dict[str, Any]:
         settings, precision = network_settings(network)
         tensors = _tensors(network, source.stat().st_size)
         count = _check(tensors, settings)
+        encoder = _encoder(snapshot, settings["img_channels"])
     except Refusal as refusal:
         raise SimsError(f"{source} {refusal}") from None
     card = {
@@ -67,7 +78,7 @@ def import_nvlabs(source: Path, target: Path) -> dict[str, Any]:
         "source": {"file": source.name, "sha256": sha256_file(source), "class": network.kind},
         "parents": [],
         **_facts_of_name(source.name),
-        **_encoder(snapshot),
+        **encoder,
     }
     save_tensors(target, tensors, card)
     return card
@@ -195,6 +206,55 @@ def _facts_of_name(name: str) -> dict[str, Any]:
     return facts
 
 
-def _encoder(snapshot: dict[str, Any]) -> dict[str, str]:
+def _encoder(snapshot: dict[str, Any], channels: int) -> dict[str, Any]:
+    """The encoder's class, and how a VAE's latents relate to pixels where the network works on such latents."""
     encoder = snapshot.get("encoder")
-    return {"encoder": shown(encoder.kind)} if isinstance(encoder, Record) else {}
+    if not isinstance(encoder, Record):
+        return {}
+    facts: dict[str, Any] = {"encoder": shown(encoder.kind)}
+    if encoder.kind == EDM2_ENCODER:
+        entry = _latents(encoder)
+        if len(entry["raw_mean"]) == channels:
+            facts["latents"] = entry
+    return facts
+
+
+def _latents(encoder: Record) -> dict[str, Any]:
+    """Entry `latents` of the card: what the encoder computes with, or was made with, or has by default."""
+    positional, named = encoder.state.get("_init_args", ()), encoder.state.get("_init_kwargs", {})
+    if not isinstance(positional, tuple | list) or not isinstance(named, dict):
+        raise Refusal(f"does not tell the constructor arguments of its encoder; {PUBLISHED}")
+    given = {**dict(zip(ENCODER_ARGUMENTS, positional, strict=False)), **named}
+    given["vae_name"] = encoder.state.get("vae_name", given.get("vae_name", EDM2_LATENTS["vae"]))
+    entry = {**EDM2_LATENTS, **{key: given[name] for name, key in ENCODER_ARGUMENTS.items() if name in given}}
+    entry = {key: list(value) if isinstance(value, tuple) else value for key, value in entry.items()}
+    space = _space(entry)
+    scale, bias = _numbers(encoder.state.get("scale")), _numbers(encoder.state.get("bias"))
+    if scale is None or bias is None or len(scale) != len(bias) or _close(space, scale, bias):
+        return entry
+    entry["raw_std"] = [entry["final_std"] / s if s else 0.0 for s in scale]
+    entry["raw_mean"] = [(entry["final_mean"] - b) / s if s else 0.0 for b, s in zip(bias, scale, strict=True)]
+    _space(entry)
+    return entry
+
+
+def _space(entry: dict[str, Any]) -> LatentSpace:
+    try:
+        return LatentSpace.of(entry, "encoder")
+    except SimsError as error:
+        reason = shown(str(error).partition("; ")[0])
+        raise Refusal(f"describes latents that are not possible, {reason}; {PUBLISHED}") from None
+
+
+def _close(space: LatentSpace, scale: list[float], bias: list[float]) -> bool:
+    """Whether these are the numbers of the space, up to rounding to float32."""
+    return len(scale) == len(space.scale) and np.allclose([scale, bias], [space.scale, space.bias], rtol=1e-5)
+
+
+def _numbers(array: Any) -> list[float] | None:
+    """The values of an array of numbers [C]; None if it is none."""
+    try:
+        values = array.values() if isinstance(array, Array) else np.empty(0)
+    except (ValueError, TypeError):
+        return None
+    return [float(v) for v in values] if values.ndim == 1 and 0 < len(values) <= MAX_CHANNELS else None
