@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import typer
 
-from sims_ray.cli import data, models, stages
+from sims_ray.cli import data, latents, models, stages, synthesis
 from sims_ray.errors import SimsError
 
 INTERRUPTED = 130  # the shell's exit code after Ctrl-C
@@ -22,6 +22,8 @@ app = typer.Typer(
 )
 app.add_typer(stages.app)
 app.add_typer(models.app)
+data.app.add_typer(synthesis.app)
+data.app.add_typer(latents.app)
 app.add_typer(data.app, name="data")
 app.add_typer(models.checkpoint_app, name="checkpoint")
 

@@ -8,7 +8,19 @@ from typing import Annotated, Literal
 import typer
 import yaml
 
-from sims_ray.errors import SimsError
+from sims_ray.cli.latents import LatentsOption, VaeOption
+from sims_ray.cli.options import (
+    AuxOption,
+    BaseOption,
+    ModelChoice,
+    ModelOption,
+    OmegaOption,
+    PresetOption,
+    RunOption,
+    SigmaHiOption,
+    SigmaLoOption,
+    StepsOption,
+)
 
 app = typer.Typer()
 checkpoint_app = typer.Typer(
@@ -19,43 +31,29 @@ checkpoint_app = typer.Typer(
 @app.command(epilog="Example: sims sample grid.png --run runs/digits --model SIMS --n 64")
 def sample(
     target: Annotated[Path, typer.Argument(help="A .png for a grid, otherwise a folder of PNG files.")],
-    run: Annotated[Path | None, typer.Option(help="Output folder of a finished run.")] = None,
-    model: Annotated[str, typer.Option(help="With --run: base, auxiliary or SIMS, as selected there.")] = "SIMS",
-    base: Annotated[Path | None, typer.Option(help="Instead of --run: checkpoint of the base.")] = None,
-    aux: Annotated[Path | None, typer.Option(help="With --base: checkpoint of the auxiliary.")] = None,
-    omega: Annotated[float | None, typer.Option(help="With --aux: guidance strength; 0 is the base.")] = None,
+    run: RunOption = None,
+    model: ModelOption = "SIMS",
+    base: BaseOption = None,
+    aux: AuxOption = None,
+    omega: OmegaOption = None,
     n: Annotated[int, typer.Option(min=1, help="Number of images.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first image; the others follow.")] = 0,
-    steps: Annotated[int | None, typer.Option(min=1, help="Solver steps; default those of the run, or 18.")] = None,
+    steps: StepsOption = None,
     solver: Annotated[
         Literal["heun", "euler", "ddim", "ddpm"] | None, typer.Option(help="Default that of the run, or heun.")
     ] = None,
-    preset: Annotated[str | None, typer.Option(help="With --base: sample as this published model does.")] = None,
-    sigma_lo: Annotated[float, typer.Option(help="With --base: guide at noise levels above this one only.")] = 0.0,
-    sigma_hi: Annotated[
-        float | None, typer.Option(help="With --base: guide at noise levels up to this one only.")
-    ] = None,
+    preset: PresetOption = None,
+    sigma_lo: SigmaLoOption = 0.0,
+    sigma_hi: SigmaHiOption = None,
+    vae: VaeOption = None,
+    latents: LatentsOption = None,
 ) -> None:
     """Sample images from a model of a finished run, or from checkpoints."""
-    if (run is None) == (base is None):
-        raise SimsError("sims sample needs either --run FOLDER or --base CHECKPOINT; give one of them")
-    guided = aux is not None or omega is not None or sigma_lo or sigma_hi is not None or preset is not None
-    if run is not None and guided:
-        raise SimsError("--aux, --omega, --sigma-* and --preset go with --base; with --run choose by --model")
-    if (aux is None) != (omega is None):
-        raise SimsError("--aux and --omega go together; give the auxiliary and the guidance strength, or neither")
-    from sims_ray.config import SamplerSettings
-    from sims_ray.storage.models import SimsModel
-    from sims_ray.studies.sample import model_of_run, sample_images, sampler_of_preset
+    choice = ModelChoice(run, model, base, aux, omega, sigma_lo, sigma_hi, preset)
+    source, sampler = choice.open("sims sample", num_steps=steps, solver=solver)
+    from sims_ray.studies.sample import sample_images
 
-    if base is not None:
-        source = SimsModel.of(base, aux, omega or 0.0, sigma_lo, sigma_hi)
-        sampler = sampler_of_preset(preset) if preset else SamplerSettings()
-    else:
-        source, sampler = model_of_run(run or Path(), model)
-    chosen = {"num_steps": steps, "solver": solver}
-    sampler = sampler.model_copy(update={key: value for key, value in chosen.items() if value is not None})
-    nfe = sample_images(target, source, range(seed, seed + n), sampler)
+    nfe = sample_images(target, source, range(seed, seed + n), sampler, vae, latents)
     typer.echo(f"{target}: {n} images, {nfe:g} network evaluations each")
 
 

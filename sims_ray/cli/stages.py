@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from sims_ray.config import Recipe, builtin_recipes, load_recipe, presets
+from sims_ray.cli.options import WorkersOption, workers_settings
+from sims_ray.config import builtin_recipes, load_recipe, presets
 
 app = typer.Typer()
 
@@ -21,19 +22,20 @@ OutOption = Annotated[Path | None, typer.Option("--out", help="Output folder; de
 DryOption = Annotated[bool, typer.Option("--dry-run", help="List all stages and which are complete; change nothing.")]
 
 
-def _open(recipe: str, overrides: list[str] | None, out: Path | None) -> tuple[Recipe, Path]:
-    settings = load_recipe(recipe, overrides or [])
-    return settings, out or Path("runs") / settings.name
-
-
 def _run(
-    recipe: str, overrides: list[str] | None, out: Path | None, dry_run: bool, action: Callable[[Any], None]
+    recipe: str,
+    overrides: list[str] | None,
+    out: Path | None,
+    dry_run: bool,
+    workers: str | None,
+    action: Callable[[Any], None],
 ) -> None:
     """Open the run, then do the action, or with `dry_run` only list the stages."""
-    settings, folder = _open(recipe, overrides, out)
+    of_workers = [f"compute.{name}={value}" for name, value in workers_settings(workers).items()]
+    settings = load_recipe(recipe, [*(overrides or []), *of_workers])
     from sims_ray.studies.sims import SimsRun
 
-    run = SimsRun(settings, folder)
+    run = SimsRun(settings, out or Path("runs") / settings.name)
     if dry_run:
         typer.echo(run.describe())
     else:
@@ -41,29 +43,53 @@ def _run(
 
 
 @app.command(epilog="Example: sims run digits --out runs/digits --set tune.omega='[0,1,2]'")
-def run(recipe: RecipeArg, set_: SetOption = None, out: OutOption = None, dry_run: DryOption = False) -> None:
+def run(
+    recipe: RecipeArg,
+    set_: SetOption = None,
+    out: OutOption = None,
+    dry_run: DryOption = False,
+    workers: WorkersOption = None,
+) -> None:
     """Run SIMS end to end: base, synthetic set, auxiliary, sweep, report."""
 
     def action(run: Any) -> None:
         typer.echo(run.closing_words(run.report()))
 
-    _run(recipe, set_, out, dry_run, action)
+    _run(recipe, set_, out, dry_run, workers, action)
 
 
 @app.command(epilog="Example: sims train digits --set train.duration_kimg=50")
-def train(recipe: RecipeArg, set_: SetOption = None, out: OutOption = None, dry_run: DryOption = False) -> None:
+def train(
+    recipe: RecipeArg,
+    set_: SetOption = None,
+    out: OutOption = None,
+    dry_run: DryOption = False,
+    workers: WorkersOption = None,
+) -> None:
     """Train the base model on the real images."""
-    _run(recipe, set_, out, dry_run, lambda run: _say(run.train_base(), run.plan.base))
+    _run(recipe, set_, out, dry_run, workers, lambda run: _say(run.train_base(), run.plan.base))
 
 
 @app.command(epilog="Example: sims synthesize digits --set tune.n_s='[4000]'")
-def synthesize(recipe: RecipeArg, set_: SetOption = None, out: OutOption = None, dry_run: DryOption = False) -> None:
+def synthesize(
+    recipe: RecipeArg,
+    set_: SetOption = None,
+    out: OutOption = None,
+    dry_run: DryOption = False,
+    workers: WorkersOption = None,
+) -> None:
     """Sample the synthetic set S from the base (trains the base first if it is not there)."""
-    _run(recipe, set_, out, dry_run, lambda run: _say(run.synthesize(), run.plan.synthesis_job.artifact.path))
+    _run(recipe, set_, out, dry_run, workers, lambda run: _say(run.synthesize(), run.plan.synthesis_job.set.folder))
 
 
 @app.command(epilog="Example: sims finetune digits --set finetune.budgets_kimg='[10,20]'")
-def finetune(recipe: RecipeArg, set_: SetOption = None, out: OutOption = None, dry_run: DryOption = False) -> None:
+def finetune(
+    recipe: RecipeArg,
+    set_: SetOption = None,
+    out: OutOption = None,
+    dry_run: DryOption = False,
+    workers: WorkersOption = None,
+) -> None:
     """Fine-tune the auxiliary on S, with a snapshot at each budget."""
 
     def action(run: Any) -> None:
@@ -71,7 +97,7 @@ def finetune(recipe: RecipeArg, set_: SetOption = None, out: OutOption = None, d
         for n_s in run.recipe.tune.n_s:
             typer.echo(run.plan.finetune_job(n_s).artifact.path)
 
-    _run(recipe, set_, out, dry_run, action)
+    _run(recipe, set_, out, dry_run, workers, action)
 
 
 @app.command(epilog="Example: sims evaluate digits --omega 1 --budget 40 --n-s 4000")
@@ -83,6 +109,7 @@ def evaluate(
     set_: SetOption = None,
     out: OutOption = None,
     dry_run: DryOption = False,
+    workers: WorkersOption = None,
 ) -> None:
     """Measure the Fréchet distance of one model on the report seeds."""
 
@@ -90,11 +117,17 @@ def evaluate(
         for block, result in enumerate(run.measure(*run.plan.cell(omega, budget, n_s))):
             typer.echo(f"block {block}: {result['metric']} = {result['distance']:.3f}")
 
-    _run(recipe, set_, out, dry_run, action)
+    _run(recipe, set_, out, dry_run, workers, action)
 
 
 @app.command(epilog="Example: sims tune digits --set tune.omega='[0,0.5,1,2]'")
-def tune(recipe: RecipeArg, set_: SetOption = None, out: OutOption = None, dry_run: DryOption = False) -> None:
+def tune(
+    recipe: RecipeArg,
+    set_: SetOption = None,
+    out: OutOption = None,
+    dry_run: DryOption = False,
+    workers: WorkersOption = None,
+) -> None:
     """Search omega, B and n_s with Ray Tune."""
 
     def action(run: Any) -> None:
@@ -104,13 +137,19 @@ def tune(recipe: RecipeArg, set_: SetOption = None, out: OutOption = None, dry_r
             f"{selected['metric']} = {selected['distance']:.3f} on the selection seeds"
         )
 
-    _run(recipe, set_, out, dry_run, action)
+    _run(recipe, set_, out, dry_run, workers, action)
 
 
 @app.command(epilog="Example: sims report digits")
-def report(recipe: RecipeArg, set_: SetOption = None, out: OutOption = None, dry_run: DryOption = False) -> None:
+def report(
+    recipe: RecipeArg,
+    set_: SetOption = None,
+    out: OutOption = None,
+    dry_run: DryOption = False,
+    workers: WorkersOption = None,
+) -> None:
     """Measure the selected model on fresh seeds and write report.html (makes what is missing)."""
-    run(recipe, set_, out, dry_run)
+    run(recipe, set_, out, dry_run, workers)
 
 
 @app.command(epilog="Example: sims config digits --set train.lr=1e-3")

@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from sims_ray.config.base import SEED_LIMIT, Count, NonNegative, Omega, Positive, Seed, Settings
+from sims_ray.config.labels import LabelSettings
 from sims_ray.config.training import FinetuneSettings, NetworkSettings, TrainSettings
 
 
@@ -13,6 +14,11 @@ class DataSettings(Settings):
     """Where the real images come from."""
 
     path: str = Field("digits", description="'digits' (embedded) or a sample table made by `sims data import`")
+    reading: Literal["auto", "resident", "streaming"] = Field(
+        "auto",
+        description="how training reads a set; resident: it lies in memory, once per node; streaming: a window of it "
+        "does; auto: resident where it fills at most half of the memory. The results are the same",
+    )
 
 
 class SamplerSettings(Settings):
@@ -56,7 +62,13 @@ class GuidanceSettings(Settings):
 class SynthesizeSettings(Settings):
     """The synthetic set S; its prefixes are the smaller sets."""
 
-    shard_nimg: Count = Field(8192, description="images per Parquet file, the unit of work")
+    shard_nimg: Count | None = Field(
+        None, description="images per Parquet file, the unit of work; null: what a worker makes in 150 s"
+    )
+    root: str | None = Field(
+        None, description="folder or URI (s3://bucket/sets) that S is put in; null: the output folder"
+    )
+    labels: LabelSettings = LabelSettings()
 
 
 class FeatureSettings(Settings):
@@ -116,14 +128,37 @@ class ComputeSettings(Settings):
     num_workers: Annotated[int, Field(ge=0)] = Field(2, description="training workers and sampling actors; 0: no Ray")
     cpus_per_worker: Positive = 1
     gpus_per_worker: NonNegative = 0
-    sampling_batch: Count = Field(250, description="images per network call in sampling")
+    max_workers: Count | None = Field(
+        None, description="sampling actors that an autoscaling cluster may grow to; null: num_workers"
+    )
+    sampling_batch: Count | None = Field(
+        None, description="images sampled at once; null: as many as a GPU's memory holds, 250 on a CPU"
+    )
+    micro_batch: Count | None = Field(
+        None, description="images per network call, the last ones padded; then sampling_batch does not change a bit"
+    )
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="dtype of the network; auto: network.precision on a GPU, float32 on a CPU"
     )
     compile: bool = Field(False, description="compile the network for sampling; pays off on a GPU")
     max_failures: Annotated[int, Field(ge=-1)] = Field(3, description="restarts after lost workers; -1: no limit")
     dashboard: bool = Field(False, description="serve the Ray dashboard of a local cluster")
-    object_store_mb: Annotated[int, Field(ge=80)] = Field(500, description="object store of a local cluster")
+    object_store_mb: Annotated[int, Field(ge=80)] | None = Field(
+        None, description="object store of a local cluster; null: Ray's own choice, 30 % of the memory"
+    )
+
+    @model_validator(mode="after")
+    def _growing(self) -> Self:
+        if self.max_workers is not None and self.max_workers < max(self.num_workers, 1):
+            raise ValueError(
+                f"max_workers={self.max_workers} is below num_workers={self.num_workers}; raise it, or leave it out"
+            )
+        return self
+
+    @property
+    def sampling_workers(self) -> tuple[int, int]:
+        """Least and most sampling actors."""
+        return self.num_workers, self.max_workers or self.num_workers
 
 
 class TrackingSettings(Settings):

@@ -11,10 +11,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -107,29 +108,54 @@ def write_samples(path: Path, samples: Samples, metadata: Mapping[str, Any]) -> 
 
 
 def read_samples(
-    path: Path | str, start: int = 0, stop: int | None = None, columns: Sequence[str] | None = None
+    source: Path | str | BinaryIO,
+    start: int = 0,
+    stop: int | None = None,
+    columns: Sequence[str] | None = None,
+    where: str = "",
 ) -> Samples:
     """Read rows of one Parquet file of a sample table; only their row groups are fetched.
 
     Args:
-        path: file, or its URI.
+        source: file, its URI, or an open file.
         start, stop: rows.
         columns: optional columns to read beside `id`, the images and `label`; none for all there are.
+        where: name of an open file, for messages.
 
     Raises:
         SimsError: not Parquet, or not this schema.
     """
-    folder, _, name = str(path).rpartition("/")
-    try:
-        with Folder.at(folder or ".").open(name) as file:
-            table, first = _row_groups(pq.ParquetFile(file, page_checksum_verification=True), start, stop, columns)
-            samples = to_samples(table)
-            return samples[slice(start - first, None if stop is None else stop - first)]
-    except (pa.ArrowException, KeyError, AttributeError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise SimsError(
-            f"{path} is not a file of a sample table ({reason}); import it with `sims data import`"
-        ) from None
+    with _parquet(source, where) as file:
+        table, first = _row_groups(file, start, stop, columns)
+        return to_samples(table)[slice(start - first, None if stop is None else stop - first)]
+
+
+def read_metadata(source: Path | str | BinaryIO, where: str = "") -> dict[str, Any]:
+    """The facts that were written into a Parquet file of a sample table.
+
+    Raises:
+        SimsError: not Parquet, or not of a sample table.
+    """
+    with _parquet(source, where) as file:
+        facts: dict[str, Any] = json.loads((file.schema_arrow.metadata or {})[METADATA_KEY])
+        return facts
+
+
+@contextmanager
+def _parquet(source: Path | str | BinaryIO, where: str) -> Iterator[pq.ParquetFile]:
+    """An open Parquet file; what fails in it becomes a sentence."""
+    with ExitStack() as stack:
+        try:
+            if isinstance(source, (str, Path)):
+                folder, _, name = str(source).rpartition("/")
+                where = str(source)
+                source = stack.enter_context(Folder.at(folder or ".").open(name))
+            yield stack.enter_context(pq.ParquetFile(source, page_checksum_verification=True))
+        except (pa.ArrowException, KeyError, AttributeError, OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise SimsError(
+                f"{where} is not a file of a sample table ({reason}); import it with `sims data import`"
+            ) from None
 
 
 def to_samples(table: pa.Table) -> Samples:

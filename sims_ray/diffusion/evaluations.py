@@ -73,6 +73,16 @@ def count_evaluations() -> Iterator[Evaluations]:
         record(tally.encoders, tally.decoders)
 
 
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Count nothing inside the block: for more of a pass that was counted already."""
+    token = _counted.set(None)
+    try:
+        yield
+    finally:
+        _counted.reset(token)
+
+
 def evaluate(denoiser: Denoiser, x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
     """Call a denoiser and count it: as one network, unless it counts its networks itself through this function."""
     tally = _counted.get()

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sims_ray.diffusion.evaluations import Denoiser
+from sims_ray.diffusion.microbatch import MicroBatched
 from sims_ray.diffusion.noise import SeedStreams, to_device
 from sims_ray.diffusion.sampler import CHURNED, SAMPLERS, sigma_schedule, to_uint8
 
@@ -20,11 +21,11 @@ CHURN_KEYS = ("S_churn", "S_min", "S_max", "S_noise")
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch of sampled images.
+    """One batch of sampled images or latents.
 
     Attributes:
         seeds: one per image, consecutive.
-        images: uint8 [B, C, H, W], on the host.
+        images: uint8 [B, C, H, W], or float16 for latents; on the host.
         classes: the label each image was conditioned on, int64 [B]; None for an unconditional model.
         nfe: network evaluations per image.
     """
@@ -43,8 +44,11 @@ def generate(
     sampler: Mapping[str, Any],
     *,
     label_dim: int = 0,
+    classes: Tensor | None = None,
     batch_size: int = 256,
+    micro_batch: int | None = None,
     device: torch.device | str = "cpu",
+    latents: bool = False,
 ) -> Iterator[Batch]:
     """Sample one image per seed, in batches of consecutive seeds.
 
@@ -55,18 +59,37 @@ def generate(
         sampler: schedule (`num_steps`, `sigma_min`, `sigma_max`, `rho`), `solver` (a key of `SAMPLERS`; default
             heun), `state_dtype` (float64 or float32) and the churn settings of those solvers that have any.
         label_dim: K; a conditional model draws each image's class from the image's own seed.
-        batch_size: images per network call.
+        classes: class of each image instead, int64 [N]; the image's noise stays what it is.
+        batch_size: images sampled at once.
+        micro_batch: images per network call; then batch_size does not change a bit. None for whole batches.
         device: where the network lives.
+        latents: the network makes latents, which stay as they are, in float16.
+
+    Raises:
+        ValueError: a latent is not finite in float16; names its seed.
     """
     solver = sampler.get("solver", "heun")
     state_dtype = getattr(torch, sampler.get("state_dtype", "float64"))
     sigmas = sigma_schedule(**{key: sampler[key] for key in SCHEDULE_KEYS}, dtype=state_dtype)
     churn = {key: sampler[key] for key in CHURN_KEYS if key in sampler and solver in CHURNED}
+    network = denoiser if micro_batch is None else MicroBatched(denoiser, micro_batch)
     for start in range(seeds.start, seeds.stop, batch_size):
         batch = range(start, min(start + batch_size, seeds.stop))
         streams = SeedStreams(batch)
-        latents = streams.randn(shape, torch.float32, device)
-        classes = streams.randint(label_dim) if label_dim else None
-        labels = None if classes is None else to_device(F.one_hot(classes, label_dim), device).to(torch.float32)
-        sampled = SAMPLERS[solver](denoiser, latents, labels, sigmas=sigmas, streams=streams, **churn)
-        yield Batch(batch, to_uint8(sampled.images).cpu(), classes, sampled.nfe)
+        noise = streams.randn(shape, torch.float32, device)
+        chosen = streams.randint(label_dim) if label_dim else None
+        if chosen is not None and classes is not None:
+            chosen = classes[start - seeds.start :][: len(batch)]
+        labels = None if chosen is None else to_device(F.one_hot(chosen, label_dim), device).to(torch.float32)
+        sampled = SAMPLERS[solver](network, noise, labels, sigmas=sigmas, streams=streams, **churn)
+        images = _finite(sampled.images, batch) if latents else to_uint8(sampled.images)
+        yield Batch(batch, images.cpu(), chosen, sampled.nfe)
+
+
+def _finite(latents: Tensor, seeds: range) -> Tensor:
+    """Latents in float16, none of which overflowed or is nan."""
+    half = latents.to(torch.float16)
+    finite = half.isfinite().flatten(1).all(dim=1).tolist()
+    if not all(finite):
+        raise ValueError(f"the latent of seed {seeds[finite.index(False)]} has values that are not finite in float16")
+    return half

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from sims_ray.config import ComputeSettings
+from sims_ray.diffusion.generate import Batch
 from sims_ray.errors import SimsError
+from sims_ray.metrics.features import FeatureExtractor, images_moments
 from sims_ray.metrics.frechet import frechet_distance
 from sims_ray.metrics.moments import Moments, merge_all
-from sims_ray.stages.features import load_reference
-from sims_ray.stages.sampling import SeedRange, SeedRangeWorker, fill
+from sims_ray.stages.features import load_extractor, load_reference
+from sims_ray.stages.pool import run_on_pool
+from sims_ray.stages.progress import Progress
+from sims_ray.stages.sampling import ImageSampler
 from sims_ray.storage.artifacts import Artifact, read_manifest
 from sims_ray.storage.folders import atomic_path
 from sims_ray.storage.models import SimsModel
@@ -42,26 +48,48 @@ class Evaluation:
     features: Path
     part_nimg: int
 
-    def ranges(self) -> list[SeedRange]:
+    def parts(self) -> list[Part]:
         """The units of work, in the order in which their moments are merged."""
-        folder = self.artifact.path.resolve()
-        return [
-            SeedRange(
-                self.model,
-                self.sampler,
-                start,
-                stop := min(start + self.part_nimg, self.seeds.stop),
-                str(folder / f"part-{start:012d}-{stop - 1:012d}.npz"),
-                "moments",
-                features=str(self.features.resolve()),
-            )
-            for start in range(self.seeds.start, self.seeds.stop, self.part_nimg)
-        ]
+        starts = range(self.seeds.start, self.seeds.stop, self.part_nimg)
+        return [Part(self, range(start, min(start + self.part_nimg, self.seeds.stop))) for start in starts]
 
     @property
     def metric(self) -> str:
         """Name of the distance: after its features, and the number of images."""
         return metric_name(self.features, len(self.seeds))
+
+
+@dataclass(frozen=True)
+class Part:
+    """One unit of work: the moments of some of the images' features."""
+
+    evaluation: Evaluation
+    seeds: range
+
+    @property
+    def path(self) -> Path:
+        """The file to leave."""
+        name = f"part-{self.seeds.start:012d}-{self.seeds.stop - 1:012d}.npz"
+        return self.evaluation.artifact.path.resolve() / name
+
+
+class MomentsWorker:
+    """Samples images and keeps the moments of their features only."""
+
+    def __init__(self, compute: ComputeSettings) -> None:
+        self._sampler = ImageSampler(compute)
+
+    def run(self, part: Part) -> dict[str, Any]:
+        """Leave the file of one seed range, unless it is there."""
+        if part.path.is_file():
+            return {}
+        evaluation = part.evaluation
+        nfe: list[float] = []
+        batches = self._sampler.batches(evaluation.model, part.seeds, evaluation.sampler)
+        moments = images_moments(_extractor(str(evaluation.features.resolve())), _images(batches, nfe))
+        with atomic_path(part.path) as beside:
+            moments.save(beside, nfe=nfe[0])
+        return {}
 
 
 def metric_name(features: Path, nimg: int) -> str:
@@ -73,27 +101,43 @@ def metric_name(features: Path, nimg: int) -> str:
 def evaluate(evaluations: Sequence[Evaluation], compute: ComputeSettings, label: str = "evaluate") -> None:
     """Measure every distance that is not there yet, on one pool of sampling actors."""
     open_ones = [e for e in evaluations if not e.artifact.complete]
-    fill(_prepare(open_ones), compute, label)
+    parts = _prepare(open_ones)
+    todo = [part for part in parts if not part.path.is_file()]
+    total_nimg, todo_nimg = (sum(len(part.seeds) for part in some) for some in (parts, todo))
+    progress = Progress(label, total_nimg, total_nimg - todo_nimg)
+    for part, _ in run_on_pool(todo, MomentsWorker, compute, "sampling"):
+        progress.add(len(part.seeds))
     for evaluation in open_ones:
         _commit(evaluation)
 
 
-def evaluate_here(evaluation: Evaluation, worker: SeedRangeWorker) -> None:
+def evaluate_here(evaluation: Evaluation, worker: MomentsWorker) -> None:
     """Measure one distance in this process, sampling only the parts that are missing."""
-    for work in _prepare([evaluation]):
-        if not Path(work.path).is_file():
-            worker.run(work)
+    for part in _prepare([evaluation]):
+        worker.run(part)
     _commit(evaluation)
 
 
-def _prepare(evaluations: Sequence[Evaluation]) -> list[SeedRange]:
+def _prepare(evaluations: Sequence[Evaluation]) -> list[Part]:
     for evaluation in evaluations:
         evaluation.artifact.path.mkdir(parents=True, exist_ok=True)
-    return [work for evaluation in evaluations for work in evaluation.ranges()]
+    return [part for evaluation in evaluations for part in evaluation.parts()]
+
+
+def _images(batches: Iterable[Batch], nfe: list[float]) -> Iterator[torch.Tensor]:
+    """The images of each batch; notes its network evaluations per image on the way."""
+    for batch in batches:
+        nfe.append(batch.nfe)
+        yield batch.images
+
+
+@lru_cache(maxsize=2)
+def _extractor(folder: str) -> FeatureExtractor:
+    return load_extractor(Path(folder))
 
 
 def _commit(evaluation: Evaluation) -> None:
-    parts = [Path(work.path) for work in evaluation.ranges()]
+    parts = [part.path for part in evaluation.parts()]
     moments = merge_all(Moments.load(path) for path in parts)
     if moments.n != len(evaluation.seeds):
         raise SimsError(

@@ -1,78 +1,234 @@
-"""The synthesize stage: one Parquet file per seed range, then the manifest."""
+"""The synthesize stage: one Parquet file per seed range, exactly once, then the manifest."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import logging
+import math
+import random
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from sims_ray.config import ComputeSettings
-from sims_ray.data.table import table_result
-from sims_ray.stages.sampling import SeedRange, fill
-from sims_ray.storage.artifacts import Artifact
-from sims_ray.storage.checkpoints import read_card
+from sims_ray.data.synthetic import OtherSetError, SyntheticSet, shard_facts, shard_name
+from sims_ray.data.table import KINDS, NO_LABEL, Samples, encode_samples
+from sims_ray.diffusion.microbatch import CPU_BATCH
+from sims_ray.errors import SimsError
+from sims_ray.stages.pool import run_on_pool
+from sims_ray.stages.progress import Progress
+from sims_ray.stages.sampling import ImageSampler
+from sims_ray.storage.artifacts import to_json
+from sims_ray.storage.attributes import AttributeClassifier, AttributeSource
 from sims_ray.storage.models import SimsModel
+
+logger = logging.getLogger("sims_ray")
+
+SHARD_S = 150.0  # what one unit of work takes by default
+SHARD_BYTES = 256 << 20  # of raw pixels: a unit of work is in memory as a whole
+SHARDS_PER_WORKER = 4  # at least, so that workers end at about the same time
+PLAN = "plan.json"
+RATE = "images_per_s"
 
 
 @dataclass(frozen=True)
 class SynthesisJob:
-    """One synthetic table to make.
+    """One synthetic set to make.
 
     Attributes:
-        artifact: where it lands.
+        set: what it is and where it lands.
         model: what to sample from.
-        sampler: sampler settings.
-        seeds: one image each.
-        shard_nimg: images per file.
+        n: number of images.
+        shard_nimg: images per file; None for what a worker makes in 150 s.
+        attributes: classifier of the column `attribute`; None for no such column.
     """
 
-    artifact: Artifact
+    set: SyntheticSet
     model: SimsModel
-    sampler: dict[str, Any]
-    seeds: range
-    shard_nimg: int
+    n: int
+    shard_nimg: int | None = None
+    attributes: AttributeSource | None = None
 
-    def ranges(self) -> list[SeedRange]:
-        """The units of work, one file each."""
-        metadata = {
-            "fingerprint": self.artifact.fingerprint,
-            "model": {"parents": list(self.artifact.parents), "omega": self.model.omega},
-            "sampler": self.sampler,
-        }
-        return [
-            SeedRange(
-                self.model,
-                self.sampler,
-                start,
-                stop := min(start + self.shard_nimg, self.seeds.stop),
-                str(self.artifact.path.resolve() / f"seeds-{start:012d}-{stop - 1:012d}.parquet"),
-                "samples",
-                metadata=metadata,
-            )
-            for start in range(self.seeds.start, self.seeds.stop, self.shard_nimg)
-        ]
+    @property
+    def seeds(self) -> range:
+        """The seeds, one image each."""
+        return range(self.set.first_seed, self.set.first_seed + self.n)
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of the set, which does not depend on the number of images."""
+        return self.set.fingerprint
+
+    @property
+    def complete(self) -> bool:
+        """Whether the set is committed with at least `n` images."""
+        return self.set.complete(self.n)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One unit of work: one file of a set."""
+
+    job: SynthesisJob
+    seeds: range
+
+    @property
+    def name(self) -> str:
+        """Name of the file."""
+        return shard_name(self.seeds)
+
+
+class ShardWorker:
+    """Makes one file of a set at a time."""
+
+    def __init__(self, compute: ComputeSettings) -> None:
+        self._sampler = ImageSampler(compute)
+
+    def run(self, shard: Shard) -> dict[str, Any]:
+        """Leave the file of one seed range, unless another worker did meanwhile; returns its facts and the speed."""
+        target, name = shard.job.set, shard.name
+        try:
+            return target.check(name)
+        except OtherSetError:
+            raise
+        except (FileNotFoundError, SimsError) as error:  # absent, or torn and to be replaced
+            logger.debug("%s: %s", name, error)
+        samples, nfe, rate = self._sample(shard)
+        data = memoryview(encode_samples(samples, {**_metadata(target), "nfe": nfe}))
+        target.folder.put(name, data)
+        return {**shard_facts(samples, data), RATE: rate}
+
+    def _sample(self, shard: Shard) -> tuple[Samples, float, float]:
+        """The rows, the network evaluations per image, and the images per second."""
+        job, settings = shard.job, shard.job.set.settings
+        self._sampler.prepare(job.model, len(shard.seeds))
+        started_s = time.monotonic()
+        samples, nfe, done = _empty(job, len(shard.seeds)), 0.0, 0
+        samples.ids[:] = shard.seeds
+        for batch in self._sampler.batches(
+            job.model,
+            shard.seeds,
+            settings["sampler"],
+            settings.get("labels"),
+            job.set.first_seed,
+            job.set.kind == "latent",
+        ):
+            rows = slice(done, done + len(batch.seeds))
+            samples.images[rows] = batch.images.numpy()
+            if batch.classes is not None:
+                samples.labels[rows] = batch.classes.numpy()
+            if job.attributes is not None and samples.attributes is not None:
+                samples.attributes[rows] = _classifier(job.attributes.to_json())(batch.images).numpy()
+            nfe, done = batch.nfe, rows.stop
+        return samples, nfe, done / max(time.monotonic() - started_s, 1e-9)
+
+
+def _empty(job: SynthesisJob, nimg: int) -> Samples:
+    """Rows to fill: a file is in memory once."""
+    return Samples(
+        np.empty(nimg, np.int64),
+        np.empty((nimg, *job.set.shape), KINDS[job.set.kind]),
+        np.full(nimg, NO_LABEL, np.int32),
+        attributes=None if job.attributes is None else np.empty(nimg, np.int32),
+    )
 
 
 def synthesize(jobs: Sequence[SynthesisJob], compute: ComputeSettings, label: str = "synthesize") -> None:
-    """Make every table that is not complete yet, sampling only the seed ranges that are missing."""
-    jobs = [job for job in jobs if not job.artifact.complete]
-    for job in jobs:
-        job.artifact.path.mkdir(parents=True, exist_ok=True)
-    ranges = [work for job in jobs for work in job.ranges()]
-    fill(ranges, compute, label)
-    for job in jobs:
-        _commit(job)
+    """Make every set that is not complete yet, sampling only the seeds that no whole file holds.
+
+    Several drivers may work on one set: a file is made by whoever comes first, and all of them end with the set.
+
+    Raises:
+        SimsError: a folder cannot be written, or holds another set.
+    """
+    todo = [job for job in jobs if not job.complete]
+    kept = [_begin(job) for job in todo]
+    missing_nimg = sum(
+        len(gap) for job, files in zip(todo, kept, strict=True) for gap in job.set.missing(files, job.n, job.n)
+    )
+    total_nimg = sum(job.n for job in jobs)
+    progress = Progress(label, total_nimg, total_nimg - missing_nimg)
+    sizes = [_shard_nimg(job, files, compute, progress) for job, files in zip(todo, kept, strict=True)]
+    shards = [
+        Shard(job, seeds)
+        for job, files, nimg in zip(todo, kept, sizes, strict=True)
+        for seeds in job.set.missing(files, job.n, nimg)
+    ]
+    start = random.randrange(len(shards)) if shards else 0  # so that two drivers do not make the same file at once
+    by_job = {id(job): files for job, files in zip(todo, kept, strict=True)}
+    for shard, facts in run_on_pool([*shards[start:], *shards[:start]], ShardWorker, compute, "sampling"):
+        facts.pop(RATE, None)
+        by_job[id(shard.job)][shard.name] = facts
+        progress.add(len(shard.seeds))
+    for job, files in zip(todo, kept, strict=True):
+        job.set.commit(files)
 
 
-def _commit(job: SynthesisJob) -> None:
-    files, labels = {}, []
-    for work in job.ranges():
-        labels.append(pq.read_table(work.path, columns=["label"])["label"].to_numpy())
-        files[Path(work.path).name] = {"rows": len(labels[-1])}
-    network = read_card(Path(job.model.base))["network"]
-    shape = (network["img_channels"], network["img_resolution"], network["img_resolution"])
-    job.artifact.commit(files, table_result(shape, np.concatenate(labels), len(job.seeds)))
+def _begin(job: SynthesisJob) -> dict[str, dict[str, Any]]:
+    """Look at what is there; returns the facts of the files to keep."""
+    folder = job.set.folder
+    folder.check_writable()
+    folder.sweep()
+    survey = job.set.survey()
+    for name, fault in survey.torn.items():
+        logger.warning("%s is made again: %s", name, fault)
+        folder.delete(name)
+    for name in survey.left_over:
+        folder.delete(name)  # its images are in other files: a reader of the whole folder would see them twice
+    return survey.kept
+
+
+def _shard_nimg(
+    job: SynthesisJob, kept: dict[str, dict[str, Any]], compute: ComputeSettings, progress: Progress
+) -> int:
+    """Images per file: as set, as planned when the set was begun, or from the measured speed of one worker."""
+    if job.shard_nimg is not None:
+        return job.shard_nimg
+    most = _most_images(job)
+    balanced = math.ceil(job.n / (SHARDS_PER_WORKER * max(1, compute.sampling_workers[1])))
+    if balanced <= 2 * CPU_BATCH:
+        return min(most, balanced)
+    folder = job.set.folder
+    try:
+        planned = int(json.loads(folder.read(PLAN))["shard_nimg"])
+    except FileNotFoundError:
+        planned = _measure(job, kept, compute, progress, most)
+    return min(planned, balanced)
+
+
+def _measure(
+    job: SynthesisJob, kept: dict[str, dict[str, Any]], compute: ComputeSettings, progress: Progress, most: int
+) -> int:
+    """Make the first file that is missing, a small one, and plan the others from how long it took."""
+    pilot_nimg = min(most, 2 * (compute.sampling_batch or CPU_BATCH))
+    gap = job.set.missing(kept, job.n, job.n)[0]
+    pilot = Shard(job, gap[:pilot_nimg])
+    for shard, facts in run_on_pool([pilot], ShardWorker, compute, "sampling"):
+        rate = facts.pop(RATE, None)
+        kept[shard.name] = facts
+        progress.add(len(shard.seeds))
+    if rate is None:  # another driver made it
+        return pilot_nimg
+    nimg = max(pilot_nimg, min(most, int(rate * SHARD_S) // pilot_nimg * pilot_nimg))
+    logger.info("synthesize: a worker makes %.0f images/s, so a file gets %s images", rate, f"{nimg:,}")
+    job.set.folder.create(PLAN, to_json({"shard_nimg": nimg}).encode())
+    return int(json.loads(job.set.folder.read(PLAN))["shard_nimg"])  # another driver may have been first
+
+
+def _most_images(job: SynthesisJob) -> int:
+    item_bytes = 2 if job.set.kind == "latent" else 1
+    return max(1, SHARD_BYTES // (math.prod(job.set.shape) * item_bytes))
+
+
+def _metadata(target: SyntheticSet) -> Mapping[str, Any]:
+    facts = {"fingerprint": target.fingerprint, "settings": target.settings, "parents": list(target.parents)}
+    return {**facts, **target.facts}
+
+
+@lru_cache(maxsize=2)
+def _classifier(source: str) -> AttributeClassifier:
+    return AttributeClassifier.load(source)

@@ -13,9 +13,8 @@ from typing import Any
 from sims_ray.config import ComputeSettings
 from sims_ray.errors import SimsError
 from sims_ray.stages.cluster import ray_folder, start_ray
-from sims_ray.stages.evaluate import Evaluation, evaluate_here
+from sims_ray.stages.evaluate import Evaluation, MomentsWorker, evaluate_here
 from sims_ray.stages.progress import Progress
-from sims_ray.stages.sampling import SeedRangeWorker
 from sims_ray.storage.artifacts import Artifact
 
 
@@ -77,7 +76,7 @@ def tune(
     if compute.num_workers and open_trials:
         _run_on_tune(artifact, open_trials, compute, finished)
     else:
-        worker = SeedRangeWorker(compute)
+        worker = MomentsWorker(compute)
         for trial in open_trials:
             evaluate_here(trial.evaluation, worker)
             finished(trial)
@@ -126,8 +125,8 @@ def _run_trial(config: dict[str, Any], trials: Sequence[Trial], compute: Compute
 
 
 @lru_cache(maxsize=1)
-def _worker(compute: ComputeSettings) -> SeedRangeWorker:
-    return SeedRangeWorker(compute)
+def _worker(compute: ComputeSettings) -> MomentsWorker:
+    return MomentsWorker(compute)
 
 
 def _callback(trials: Sequence[Trial], finished: Callable[[Trial], None]) -> Any:

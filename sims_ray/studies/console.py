@@ -13,9 +13,10 @@ def stages_overview(plan: Plan) -> str:
     artifacts = [
         ("features", plan.features),
         ("train base" if plan.base_job else "base", plan.base_artifact),
-        ("synthesize", plan.synthesis_job.artifact),
     ]
-    artifacts += [(f"finetune n_s={n_s}", plan.finetune_job(n_s).artifact) for n_s in plan.recipe.tune.n_s]
+    rows += [(name, artifact.complete, str(artifact.path)) for name, artifact in artifacts]
+    rows.append(("synthesize", plan.synthesis_job.complete, str(plan.synthesis_job.set.folder)))
+    artifacts = [(f"finetune n_s={n_s}", plan.finetune_job(n_s).artifact) for n_s in plan.recipe.tune.n_s]
     rows += [(name, artifact.complete, str(artifact.path)) for name, artifact in artifacts]
     done = sum(trial.evaluation.artifact.complete for trial in plan.trials)
     rows.append((f"sweep, {done} of {len(plan.trials)} trials", plan.sweep.complete, str(plan.sweep.path)))

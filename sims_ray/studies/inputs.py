@@ -12,6 +12,8 @@ from sims_ray.data.table import SampleTable
 from sims_ray.errors import SimsError
 from sims_ray.storage.artifacts import Store
 from sims_ray.storage.checkpoints import described, read_card
+from sims_ray.storage.folders import absolute
+from sims_ray.storage.latents import card_latents
 
 DIGITS = "digits"
 DIGITS_SHAPE, DIGITS_CLASSES = (1, 8, 8), 10
@@ -27,8 +29,9 @@ class Inputs:
 
     Attributes:
         digits: the artifact of the embedded digits, if the recipe uses them.
-        table: folder of the sample table.
+        table: folder of the sample table, or its URI.
         shape: (C, H, W) of the images.
+        kind: 'image' or 'latent'.
         num_classes: K.
         data_fingerprint: of the sample table.
 
@@ -40,15 +43,17 @@ class Inputs:
     def __init__(self, recipe: Recipe, store: Store) -> None:
         self.recipe = recipe
         self.digits = store.artifact("import", {"source": DIGITS}) if recipe.data.path == DIGITS else None
-        self.table = self.digits.path if self.digits else Path(recipe.data.path).resolve()
+        self.table = absolute(self.digits.path if self.digits else recipe.data.path)
         self.shape: tuple[int, int, int] = DIGITS_SHAPE
         self.num_classes = DIGITS_CLASSES
+        self.kind = "image"
         self.data_fingerprint = self.digits.fingerprint if self.digits else ""
         self._unlabelled = 0
         if self.digits is None:
             table = self._own_table()
             self.shape, self.num_classes, self._unlabelled = table.shape, table.num_classes, table.unlabelled
-            self.data_fingerprint = table.fingerprint
+            self.data_fingerprint, self.kind = table.fingerprint, table.kind
+            self._table_latents = table.manifest["result"].get("latents")
         self._check_images()
 
     def _own_table(self) -> SampleTable:
@@ -78,10 +83,9 @@ class Inputs:
         if self.own_base:
             self._check_own_base()
         channels, height, width = self.shape
-        if channels not in IMAGE_CHANNELS:
+        if self.kind == "image" and channels not in IMAGE_CHANNELS:
             raise SimsError(
-                f"{self.recipe.data.path} has {channels} channels, but only grey and RGB images can be run, "
-                f"and there is no decoder for latents; import images"
+                f"{self.recipe.data.path} has {channels} channels, but images are grey or RGB; import images or latents"
             )
         network = self.recipe.network
         halvings = len(network.channel_mult) - 1
@@ -128,6 +132,14 @@ class Inputs:
             return dict(self.own_base_card["network"])
         augmented = bool(self.recipe.train.augment or self.recipe.finetune.augment)
         return network_entry(self.recipe.network, self.shape, self.num_classes, augmented)
+
+    @property
+    def latents(self) -> dict[str, Any]:
+        """How latents relate to pixels, as the base's card or else the table says it; empty for images."""
+        if self.kind == "image":
+            return {}
+        found = card_latents(self.own_base_card) if self.own_base else self._table_latents
+        return {"latents": found} if found else {}
 
     @cached_property
     def own_base_card(self) -> dict[str, Any]:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from sims_ray.config import OptimizerSettings, Recipe
+from sims_ray.data.synthetic import STAGE, SyntheticSet
 from sims_ray.errors import SimsError
 from sims_ray.stages.evaluate import Evaluation
 from sims_ray.stages.synthesize import SynthesisJob
 from sims_ray.stages.train_loop import TrainJob, snapshot_name
 from sims_ray.stages.tune import Trial
-from sims_ray.storage.artifacts import Artifact, Store, sha256_file
+from sims_ray.storage.artifacts import FINGERPRINT_CHARS, Artifact, Store, fingerprint, sha256_file
+from sims_ray.storage.folders import Folder, absolute
 from sims_ray.storage.models import SimsModel
 from sims_ray.studies.inputs import Inputs
 
@@ -61,7 +64,14 @@ class Plan:
         budgets = (settings.duration_kimg,)
         artifact = self.store.artifact("train", self._identity(settings, budgets), [self.inputs.data_fingerprint])
         return TrainJob(
-            "base", artifact, self.inputs.network, settings, budgets, self.inputs.table, precision=self.inputs.precision
+            "base",
+            artifact,
+            self.inputs.network,
+            settings,
+            budgets,
+            self.inputs.table,
+            precision=self.inputs.precision,
+            reading=self.recipe.data.reading,
         )
 
     @cached_property
@@ -82,15 +92,22 @@ class Plan:
     @cached_property
     def synthesis_job(self) -> SynthesisJob:
         """The synthetic set S for the largest n_s."""
-        return self._synthesis(SimsModel.of(self.base), self.seeds["synthesis"], [self.base_artifact])
+        settings = self.recipe.synthesize
+        content: dict[str, Any] = {"sampler": self.sampler, **self._forced_precision}
+        if settings.labels.kind != "seed":
+            content["labels"] = settings.labels.model_dump(mode="json", exclude_none=True)
+        root = absolute(settings.root or self.store.root)
+        seeds, parents = self.seeds["synthesis"], (self.base_artifact.fingerprint,)
+        target = self._set(root, STAGE, content, seeds, parents)
+        return SynthesisJob(target, SimsModel.of(self.base), len(seeds), settings.shard_nimg)
 
     def finetune_job(self, n_s: int) -> TrainJob:
         """Auxiliary fine-tuning on the first `n_s` rows of S, with a snapshot at each budget."""
-        settings, synthetic = self.recipe.finetune, self.synthesis_job.artifact
+        settings, synthetic = self.recipe.finetune, self.synthesis_job.set
         artifact = self.store.artifact(
             "train",
             self._identity(settings, settings.budgets_kimg, n_s=n_s),
-            [self.base_artifact, synthetic],
+            [self.base_artifact, synthetic.fingerprint],
         )
         return TrainJob(
             "auxiliary",
@@ -98,10 +115,11 @@ class Plan:
             self.inputs.network,
             settings,
             settings.budgets_kimg,
-            synthetic.path,
+            synthetic.folder.location,
             n_s,
             self.base,
             self.inputs.precision,
+            self.recipe.data.reading,
         )
 
     def model(self, omega: float, budget_kimg: float | None, n_s: int | None) -> SimsModel:
@@ -114,7 +132,9 @@ class Plan:
 
     def evaluation(self, seeds: range, omega: float, budget_kimg: float | None, n_s: int | None) -> Evaluation:
         """The distance of one model on given seeds."""
-        artifact = self._sampled("evaluate", seeds, omega, budget_kimg, n_s, [self.features])
+        content, parents = self._content(omega, budget_kimg, n_s)
+        settings = {**content, "seeds": [seeds.start, seeds.stop]}
+        artifact = self.store.artifact("evaluate", settings, [self.features, *parents])
         part_nimg = self.recipe.evaluate.part_nimg
         model = self.model(omega, budget_kimg, n_s)
         return Evaluation(artifact, model, self.sampler, seeds, self.features.path, part_nimg)
@@ -174,23 +194,18 @@ class Plan:
         """For each compared model, a few images from the same seeds."""
         jobs = {}
         for name, cell in self.compared(selected).items():
-            artifact = self._sampled("preview", self.seeds["preview"], *cell, [])
-            shard_nimg = self.recipe.seeds.preview_nimg
-            jobs[name] = SynthesisJob(artifact, self.model(*cell), self.sampler, self.seeds["preview"], shard_nimg)
+            seeds, nimg = self.seeds["preview"], self.recipe.seeds.preview_nimg
+            content, parents = self._content(*cell)
+            target = self._set(str(self.store.root), "preview", content, seeds, tuple(p.fingerprint for p in parents))
+            jobs[name] = SynthesisJob(target, self.model(*cell), nimg, nimg)
         return jobs
 
-    def _sampled(
-        self,
-        stage: str,
-        seeds: range,
-        omega: float,
-        budget_kimg: float | None,
-        n_s: int | None,
-        parents: Sequence[Artifact],
-    ) -> Artifact:
+    def _content(
+        self, omega: float, budget_kimg: float | None, n_s: int | None
+    ) -> tuple[dict[str, Any], list[Artifact]]:
+        """What the images of a model depend on beside their seeds: settings, and the artifacts of its networks."""
         settings: dict[str, Any] = {
             "sampler": self.sampler,
-            "seeds": [seeds.start, seeds.stop],
             "omega": omega,
             "budget": budget_kimg,
             **self._forced_precision,
@@ -198,14 +213,15 @@ class Plan:
         aux = [] if omega == 0 or n_s is None else [self.finetune_job(n_s).artifact]
         if aux and omega != -1:  # the auxiliary alone is not guided
             settings["guidance"] = self.recipe.guidance.model_dump(mode="json")
-        return self.store.artifact(stage, settings, [*parents, self.base_artifact, *aux])
+        return settings, [self.base_artifact, *aux]
 
-    def _synthesis(self, model: SimsModel, seeds: range, parents: Sequence[Artifact]) -> SynthesisJob:
-        shard_nimg = self.recipe.synthesize.shard_nimg
-        settings = {"sampler": self.sampler, "seeds": [seeds.start, seeds.stop], "shard_nimg": shard_nimg}
-        settings |= self._forced_precision
-        artifact = self.store.artifact("synthesize", settings, parents)
-        return SynthesisJob(artifact, model, self.sampler, seeds, shard_nimg)
+    def _set(
+        self, root: str, prefix: str, content: Mapping[str, Any], seeds: range, parents: tuple[str, ...]
+    ) -> SyntheticSet:
+        settings = json.loads(json.dumps({**content, "first_seed": seeds.start}))  # as a manifest gives them back
+        name = f"{prefix}-{fingerprint(STAGE, settings, parents)[:FINGERPRINT_CHARS]}"
+        folder = Folder.at(f"{root}/{name}")
+        return SyntheticSet(folder, settings, parents, self.inputs.shape, self.inputs.kind, self.inputs.latents)
 
     def _identity(self, settings: OptimizerSettings, budgets: Sequence[float], **extra: Any) -> dict[str, Any]:
         unused = HALFLIFE if settings.ema_stds else POWER_FUNCTION

@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from sims_ray.config import Recipe
 from sims_ray.data.importers import import_digits
 from sims_ray.data.table import SampleTable
+from sims_ray.errors import SimsError
 from sims_ray.report.page import write_report
 from sims_ray.stages.evaluate import Evaluation, evaluate
 from sims_ray.stages.features import make_features
@@ -36,6 +37,15 @@ logger = logging.getLogger("sims_ray")
 
 REPORT_FOLDER = "report"
 PAGE = "report.html"
+
+
+class Completable(Protocol):
+    """What a stage makes."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether it is there."""
+        ...
 
 
 class SimsRun:
@@ -69,6 +79,11 @@ class SimsRun:
 
     def make_features(self) -> None:
         """The feature extractor and the real images' moments."""
+        if self.plan.inputs.kind == "latent":
+            raise SimsError(
+                f"{self.recipe.data.path} holds latents, which distances cannot be measured in yet; run `sims train`, "
+                f"`sims synthesize` and `sims finetune`, and decode with `sims data decode`"
+            )
         self.import_data()
         artifact, settings = self.plan.features, self.recipe.features
         self._ensure(
@@ -88,9 +103,10 @@ class SimsRun:
         """Algorithm 1, step 2: n_s images from the base."""
         self.train_base()
         job = self.plan.synthesis_job
-        self._ensure(job.artifact, "synthesize", lambda: synthesize([job], self.recipe.compute))
-        run = self._child(job.artifact, "synthesize", {"n_s": len(job.seeds), "sampler": job.sampler})
-        run.log([{"nimg": len(job.seeds), "images": len(job.seeds)}])
+        self._ensure(job, "synthesize", lambda: synthesize([job], self.recipe.compute))
+        key = fingerprint("synthesize run", {"n": job.n}, [job.fingerprint])  # a larger set is another run
+        run = self.tracker.run(key, "synthesize", {"n_s": job.n, **job.set.settings}, self.root)
+        run.log([{"nimg": job.n, "images": job.n}])
         run.finish()
 
     def finetune(self) -> None:
@@ -138,9 +154,7 @@ class SimsRun:
             lambda: evaluate([e for blocks in measured.values() for e in blocks], self.recipe.compute),
         )
         previews = list(self.plan.preview_jobs(selected).values())
-        self._ensure_all(
-            [job.artifact for job in previews], "preview", lambda: synthesize(previews, self.recipe.compute, "preview")
-        )
+        self._ensure_all(previews, "preview", lambda: synthesize(previews, self.recipe.compute, "preview"))
         for name, cell in self.plan.compared(selected).items():
             params = dict(zip(("omega", "budget_kimg", "n_s"), cell, strict=True))
             for i, evaluation in enumerate(measured[name]):
@@ -161,7 +175,7 @@ class SimsRun:
     def previews(self, selected: Mapping[str, Any]) -> dict[str, NDArray[np.uint8]]:
         """The preview images of each compared model, uint8 [N, C, H, W], from the same seeds."""
         jobs = self.plan.preview_jobs(selected)
-        return {name: SampleTable(job.artifact.path).head(len(job.seeds)).images for name, job in jobs.items()}
+        return {name: SampleTable(job.set.folder).head(job.n).images for name, job in jobs.items()}
 
     def describe(self) -> str:
         """The stages, and which are complete; changes nothing."""
@@ -171,10 +185,10 @@ class SimsRun:
         """What to print at the end: the table and where results lie."""
         return closing_words(summary, self.out, self.out / REPORT_FOLDER / PAGE, self.tracker.uri)
 
-    def _ensure(self, artifact: Artifact, label: str, make: Callable[[], None]) -> None:
+    def _ensure(self, artifact: Completable, label: str, make: Callable[[], None]) -> None:
         self._ensure_all([artifact], label, make)
 
-    def _ensure_all(self, artifacts: Sequence[Artifact], label: str, make: Callable[[], None]) -> None:
+    def _ensure_all(self, artifacts: Sequence[Completable], label: str, make: Callable[[], None]) -> None:
         """Run `make` unless every artifact is complete; say which of the two, and how long it took."""
         if all(artifact.complete for artifact in artifacts):
             logger.info("%s: complete", label)

@@ -7,7 +7,7 @@ import pytest
 from sims_ray.config import ComputeSettings
 from sims_ray.data.table import SampleTable
 from sims_ray.stages.evaluate import evaluate
-from sims_ray.stages.synthesize import synthesize
+from sims_ray.stages.synthesize import SynthesisJob, synthesize
 from sims_ray.stages.tune import tune
 from sims_ray.studies.sims import SimsRun
 from tests.conftest import TinyRecipe
@@ -24,7 +24,9 @@ def finetuned(tiny: TinyRecipe, tmp_path_factory: pytest.TempPathFactory) -> Sim
     return run
 
 
-def digests(folder: Path) -> dict[str, str]:
+def digests(job: SynthesisJob) -> dict[str, str]:
+    folder = job.set.folder.local
+    assert folder is not None
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.parquet"))}
 
 
@@ -32,27 +34,29 @@ def test_actors_leave_the_same_files_as_a_plain_loop(
     finetuned: SimsRun, tiny: TinyRecipe, ray_cluster: ComputeSettings
 ) -> None:
     job = finetuned.plan.synthesis_job
-    expected = digests(job.artifact.path)
+    expected = digests(job)
     assert len(expected) == 3
     for name in [*expected, "manifest.json"]:
-        (job.artifact.path / name).unlink()
+        job.set.folder.delete(name)
     synthesize([job], ray_cluster)
-    assert digests(job.artifact.path) == expected
+    assert digests(job) == expected
 
 
 def test_only_missing_seed_ranges_are_sampled_again(finetuned: SimsRun) -> None:
     job = finetuned.plan.synthesis_job
-    before = {path: path.stat().st_mtime_ns for path in job.artifact.path.glob("*.parquet")}
+    folder = job.set.folder.local
+    assert folder is not None
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*.parquet")}
     torn, *kept = sorted(before)
     torn.unlink()
-    (job.artifact.path / "manifest.json").unlink()
+    (folder / "manifest.json").unlink()
     synthesize([job], ALONE)
     assert torn.is_file()
     assert all(path.stat().st_mtime_ns == before[path] for path in kept)
 
 
 def test_synthetic_ids_are_the_seeds_and_labels_are_drawn_from_them(finetuned: SimsRun) -> None:
-    samples = SampleTable(finetuned.plan.synthesis_job.artifact.path).head(96)
+    samples = SampleTable(finetuned.plan.synthesis_job.set.folder).head(96)
     assert np.array_equal(samples.ids, np.arange(96))
     assert set(samples.labels) <= set(range(10)) and len(set(samples.labels)) > 5
 

@@ -35,7 +35,7 @@ def test_a_base_of_the_users_is_improved_without_training_and_hands_on_its_licen
     assert aux_card["licence"] == card["licence"]
     assert "base" not in summary["losses"]
     base.unlink()  # the output folder is complete in itself
-    assert len(SampleTable(run.plan.synthesis_job.artifact.path)) == 96
+    assert len(SampleTable(run.plan.synthesis_job.set.folder)) == 96
 
 
 def test_another_base_makes_other_artifacts_and_the_same_one_under_another_name_the_same(

@@ -12,35 +12,42 @@ from sims_ray.storage.artifacts import Store
 from sims_ray.storage.models import SimsModel
 from sims_ray.studies.inputs import IMAGE_CHANNELS, Inputs
 from sims_ray.studies.plan import Plan
+from sims_ray.studies.sims import SimsRun
 from tests.conftest import TinyRecipe
 
 CELL = (1.0, 1.0, 96)  # omega, budget, n_s
 
 
-def table_like(folder: Path, shape: tuple[int, int, int], num_classes: int) -> Path:
-    """A sample table of a few blank images."""
+def table_like(folder: Path, shape: tuple[int, int, int], num_classes: int, dtype: type = np.uint8) -> Path:
+    """A sample table of a few blank images or latents."""
     rows = max(num_classes, 2)
     artifact = Store(folder).artifact("import", {"shape": shape, "classes": num_classes})
     labels = np.arange(rows) if num_classes else np.full(rows, -1)
-    samples = Samples(np.arange(rows), np.zeros((rows, *shape), np.uint8), labels.astype(np.int32))
+    samples = Samples(np.arange(rows), np.zeros((rows, *shape), dtype), labels.astype(np.int32))
     write_samples(artifact.path / "part.parquet", samples, {})
-    artifact.commit({"part.parquet": {"rows": rows}}, table_result(shape, samples.labels, rows))
+    artifact.commit({"part.parquet": {"rows": rows}}, table_result(shape, samples.labels, rows, samples.kind))
     return artifact.path
 
 
 @pytest.mark.parametrize("name", list(presets()))
-def test_every_preset_of_images_runs_on_a_table_of_its_own_shape_and_latents_are_refused(
-    name: str, tmp_path: Path
-) -> None:
+def test_every_preset_runs_on_a_table_of_its_own_shape(name: str, tmp_path: Path) -> None:
     preset = presets()[name]
-    table = table_like(tmp_path, preset.shape, preset.num_classes)
-    recipe = load_recipe(name, [f"data.path={table}"])
-    if preset.shape[0] not in IMAGE_CHANNELS:
-        with pytest.raises(SimsError, match="there is no decoder for latents"):
-            Inputs(recipe, Store(tmp_path))
-        return
+    dtype = np.uint8 if preset.shape[0] in IMAGE_CHANNELS else np.float16
+    recipe = load_recipe(name, [f"data.path={table_like(tmp_path, preset.shape, preset.num_classes, dtype)}"])
     network = Inputs(recipe, Store(tmp_path)).network
     assert (network["img_channels"], network["img_resolution"]) == preset.shape[:2]
+
+
+def test_images_of_four_channels_are_refused_and_latents_of_four_are_not_measured(tmp_path: Path) -> None:
+    preset = presets()["edm2-img512-xs"]
+    images = table_like(tmp_path / "images", preset.shape, preset.num_classes)
+    with pytest.raises(SimsError, match="images are grey or RGB"):
+        Inputs(load_recipe("edm2-img512-xs", [f"data.path={images}"]), Store(tmp_path))
+    latents = table_like(tmp_path / "latents", preset.shape, preset.num_classes, np.float16)
+    run = SimsRun(load_recipe("edm2-img512-xs", [f"data.path={latents}"]), tmp_path / "run")
+    assert run.plan.synthesis_job.set.kind == "latent"
+    with pytest.raises(SimsError, match="decode with `sims data decode`"):
+        run.make_features()
 
 
 @pytest.mark.parametrize(
@@ -53,6 +60,12 @@ def test_every_preset_of_images_runs_on_a_table_of_its_own_shape_and_latents_are
         ("sampler.solver=euler", {"synthesis", "finetune", "evaluation"}),
         ("train.ema_std=0.2", set()),  # without power-function averages it means nothing
         ("compute.num_workers=2", set()),
+        ("compute.micro_batch=8", set()),
+        ("synthesize.shard_nimg=50", set()),
+        ("synthesize.root=elsewhere", set()),
+        ("tune.n_s=[96,1000]", set()),
+        ("seeds.synthesis=5", {"synthesis", "finetune", "evaluation"}),
+        ("synthesize.labels.kind=uniform", {"synthesis", "finetune", "evaluation"}),
         ("compute.compile=true", set()),
     ],
 )
@@ -64,11 +77,11 @@ def test_a_setting_makes_other_artifacts_exactly_where_it_changes_their_content(
         seeds = plan.seeds["selection"]
         artifacts = {
             "base": plan.base_artifact,
-            "synthesis": plan.synthesis_job.artifact,
             "finetune": plan.finetune_job(96).artifact,
             "evaluation": plan.evaluation(seeds, *CELL).artifact,
         }
-        return {name: artifact.fingerprint for name, artifact in artifacts.items()}
+        prints = {name: artifact.fingerprint for name, artifact in artifacts.items()}
+        return {**prints, "synthesis": plan.synthesis_job.fingerprint}
 
     before, after = prints(), prints(override)
     assert {name for name in before if before[name] != after[name]} == changed

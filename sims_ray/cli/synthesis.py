@@ -1,0 +1,141 @@
+"""`sims data synthesize`: a synthetic set of any model, outside of a recipe's run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+import yaml
+
+from sims_ray.cli.options import (
+    AuxOption,
+    BaseOption,
+    GpusOption,
+    ModelChoice,
+    ModelOption,
+    OmegaOption,
+    PresetOption,
+    RunOption,
+    SigmaHiOption,
+    SigmaLoOption,
+    StepsOption,
+    WorkersOption,
+    workers_settings,
+)
+from sims_ray.errors import SimsError
+
+app = typer.Typer()
+
+
+@app.command("synthesize", epilog="Example: sims data synthesize s3://bucket/set --base base.safetensors --n 1500000")
+def synthesize_(
+    out: Annotated[
+        str, typer.Argument(help="Folder or URI of the set; one that is there is gone on with, or extended.")
+    ],
+    n: Annotated[int, typer.Option(min=1, help="Number of images.")],
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first image; the others follow.")] = 0,
+    run: RunOption = None,
+    model: ModelOption = "base",
+    base: BaseOption = None,
+    aux: AuxOption = None,
+    omega: OmegaOption = None,
+    steps: StepsOption = None,
+    preset: PresetOption = None,
+    sigma_lo: SigmaLoOption = 0.0,
+    sigma_hi: SigmaHiOption = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(help="Classes: uniform, or YAML like '{probabilities: [.2, .8]}', '{quotas: {0: 700, 1: 300}}'."),
+    ] = None,
+    classifier: Annotated[Path | None, typer.Option(help="Fill a column `attribute` with what this one sees.")] = None,
+    groups: Annotated[
+        str | None, typer.Option(help="With --classifier: classes of each attribute, like '{0: [0, 1], 1: [8, 9]}'.")
+    ] = None,
+    shares: Annotated[
+        str | None,
+        typer.Option(help="With --classifier: sample on until these shares are filled, like '{0: .7, 1: .3}'."),
+    ] = None,
+    workers: WorkersOption = "2",
+    gpus: GpusOption = None,
+    shard_nimg: Annotated[
+        int | None, typer.Option(min=1, help="Images per file; default what a worker makes in 150 s.")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Images sampled at once; default what a GPU's memory holds.")
+    ] = None,
+    micro_batch: Annotated[
+        int | None, typer.Option(min=1, help="Images per network call; then --batch does not change a bit.")
+    ] = None,
+    precision: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Dtype of the network.")
+    ] = "auto",
+) -> None:
+    """Sample a synthetic set, exactly once whatever dies; run again to go on, with a larger --n to extend it."""
+    choice = ModelChoice(run, model, base, aux, omega, sigma_lo, sigma_hi, preset)
+    source, sampler = choice.open("sims data synthesize", num_steps=steps)
+    if classifier is None and (groups or shares):
+        raise SimsError("--groups and --shares are of a classifier's attributes; give --classifier too")
+    import torch
+
+    from sims_ray.config import ComputeSettings
+    from sims_ray.data.table import SampleTable
+    from sims_ray.stages.quota import QuotaJob, synthesize_quota
+    from sims_ray.stages.synthesize import synthesize
+    from sims_ray.storage.attributes import AttributeSource
+    from sims_ray.studies.synthetic import synthesis_job
+
+    compute = ComputeSettings(
+        **workers_settings(workers),
+        gpus_per_worker=float(torch.cuda.is_available()) if gpus is None else gpus,
+        sampling_batch=batch,
+        micro_batch=micro_batch,
+        precision=precision,
+    )
+    attributes = AttributeSource.of(classifier, _mapping(groups, "--groups")) if classifier else None
+    job = synthesis_job(
+        out,
+        source,
+        sampler,
+        range(seed, seed + n),
+        labels=_labels(labels),
+        attributes=None if shares else attributes,
+        shard_nimg=shard_nimg,
+        precision=precision,
+    )
+    made = job.set.folder
+    if attributes is not None and shares:
+        quota = QuotaJob.under(out, job, attributes, _mapping(shares, "--shares"), n)
+        synthesize_quota(quota, compute)
+        made = quota.folder
+    else:
+        synthesize([job], compute)
+    typer.echo(f"{made}: {len(SampleTable(made)):,} images of shape {job.set.shape}")
+
+
+def _labels(text: str | None) -> Any:
+    from pydantic import ValidationError
+
+    from sims_ray.config.labels import LabelSettings
+
+    if text is None:
+        return None
+    found = yaml.safe_load(text) if text.lstrip().startswith("{") else {"kind": text}
+    kind = next((name for name in ("probabilities", "quotas") if name in found), found.get("kind"))
+    try:
+        return LabelSettings(**{"kind": kind, **found})
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise SimsError(f"--labels {text}: {reason}") from None
+
+
+def _mapping(text: str | None, option: str) -> Any:
+    if text is None:
+        return None
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError:
+        found = None
+    if not isinstance(found, dict) or not found:
+        raise SimsError(f"{option} {text} is not a mapping; write it like '{{0: ..., 1: ...}}'")
+    return found
