@@ -87,6 +87,7 @@ class ShardWorker:
 
     def __init__(self, compute: ComputeSettings) -> None:
         self._sampler = ImageSampler(compute)
+        self._device = "cuda" if compute.gpus_per_worker else "cpu"
 
     def run(self, shard: Shard) -> dict[str, Any]:
         """Leave the file of one seed range, unless another worker did meanwhile; returns its facts and the speed."""
@@ -122,7 +123,7 @@ class ShardWorker:
             if batch.classes is not None:
                 samples.labels[rows] = batch.classes.numpy()
             if job.attributes is not None and samples.attributes is not None:
-                samples.attributes[rows] = _classifier(job.attributes.to_json())(batch.images).numpy()
+                samples.attributes[rows] = _classifier(job.attributes.to_json(), self._device)(batch.images).numpy()
             nfe, done = batch.nfe, rows.stop
         return samples, nfe, done / max(time.monotonic() - started_s, 1e-9)
 
@@ -230,5 +231,5 @@ def _metadata(target: SyntheticSet) -> Mapping[str, Any]:
 
 
 @lru_cache(maxsize=2)
-def _classifier(source: str) -> AttributeClassifier:
-    return AttributeClassifier.load(source)
+def _classifier(source: str, device: str) -> AttributeClassifier:
+    return AttributeClassifier.load(source, device)
