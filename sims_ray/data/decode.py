@@ -173,7 +173,7 @@ class DecodeJob:
         folder = Folder.at(self.target)
         try:
             with folder.open(name) as file, Folder.at(self.source).open(name) as latents:
-                parquet = pq.ParquetFile(file, page_checksum_verification=True)
+                parquet = pq.ParquetFile(file, page_checksum_verification=True, pre_buffer=False)
                 facts = json.loads((parquet.schema_arrow.metadata or {})[METADATA_KEY])
                 ids = [batch["id"].to_numpy() for batch in parquet.iter_batches(READ_ROWS)]
                 wanted = pq.ParquetFile(latents).read(["id"])["id"].to_numpy()
@@ -226,7 +226,7 @@ def _read(source: str, name: str, where: str) -> Iterator[pq.ParquetFile]:
     """An open file of latents."""
     try:
         file = Folder.at(source).open(name)
-        parquet = pq.ParquetFile(file, page_checksum_verification=True)
+        parquet = pq.ParquetFile(file, page_checksum_verification=True, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
         raise _unreadable(where, error) from None
     with file:

@@ -87,3 +87,9 @@ def test_import_and_inspect_show_what_was_imported(tmp_path: Path, capsys: pytes
     said = capsys.readouterr().out
     assert "rows: 6" in said and "num_classes: 2" in said
     assert Image.open(tmp_path / "sheet.png").size[0] > 64
+
+
+def test_import_says_what_a_zip_of_latents_became(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez(tmp_path / "in.npz", images=np.zeros((3, 4, 8, 8), np.float32), labels=[0, 1, 4])
+    assert sims("data", "import", tmp_path / "in.npz", tmp_path / "table") == 0
+    assert "table: 3 latents of shape (4, 8, 8), 5 classes" in capsys.readouterr().out

@@ -9,10 +9,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sims_ray.data import contact_sheet as module
-from sims_ray.data.contact_sheet import contact_sheet, describe
+from sims_ray.data.contact_sheet import contact_sheet, describe, random_rows, read_rows, save_sheet
 from sims_ray.data.importers import import_images
 from sims_ray.data.table import SampleTable
 from sims_ray.errors import SimsError
+from tests.data import tables
 
 
 def images(n: int, channels: int = 3, height: int = 8, width: int = 8) -> NDArray[np.uint8]:
@@ -82,9 +83,72 @@ def test_a_description_equals_the_direct_computation(tmp_path: Path, monkeypatch
     assert facts == {
         "rows": 5,
         "files": 3,
+        "kind": "image",
         "shape": [3, 8, 8],
         "num_classes": 2,
         "label_counts": {0: 2, 1: 3},
         "fingerprint": summary.fingerprint,
     }
     json.dumps(facts)
+
+
+def test_a_description_of_latents_has_a_mean_and_a_spread_for_each_channel(tmp_path: Path) -> None:
+    latents = tables.random_rows(150, (3, 4, 2), kind="latent")
+    latents.images[:, 1] += 2
+    facts = describe(tables.commit(tmp_path / "table", latents[:9], latents[9:]))
+    exact = latents.images.astype(np.float64)
+    assert facts["channel_mean"] == pytest.approx(exact.mean(axis=(0, 2, 3)), abs=1e-9)
+    assert facts["channel_std"] == pytest.approx(exact.std(axis=(0, 2, 3)), abs=1e-9)
+    assert facts["kind"] == "latent" and "pixel_mean" not in facts
+    json.dumps(facts)
+
+
+def test_random_rows_are_a_function_of_the_seed_without_repetition(tmp_path: Path) -> None:
+    table = tables.commit(tmp_path / "table", tables.random_rows(50))
+    drawn = [random_rows(table, 20, seed).tolist() for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    for rows in drawn:
+        assert len(set(rows)) == 20 and rows == sorted(rows) and rows[0] >= 0 and rows[-1] < 50
+    assert random_rows(table, 50, 3).tolist() == random_rows(table, 99, 4).tolist() == list(range(50))
+    seen = np.concatenate([random_rows(table, 5, seed) for seed in range(200)])
+    assert np.bincount(seen, minlength=50).min() > 5  # every row is drawn, also the first and the last
+
+
+def test_rows_are_read_from_their_row_groups_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sims_ray.data.table.ROW_GROUP_BYTES", 4 * 3 * 8 * 8)
+    whole = tables.random_rows(30)
+    table = tables.commit(tmp_path / "table", whole[:10], whole[10:11], whole[11:])
+    reads: list[tuple[str, int, int]] = []
+    read = SampleTable.read
+
+    def watched(self: SampleTable, name: str, start: int = 0, stop: int | None = None) -> tables.Samples:
+        assert stop is not None
+        reads.append((name, start // 4, (stop - 1) // 4))
+        return read(self, name, start, stop)
+
+    monkeypatch.setattr(SampleTable, "read", watched)
+    for rows in ([0], [4, 7], [3, 4], [9, 10, 11], [1, 2, 12, 29], list(range(30))):
+        reads.clear()
+        found = read_rows(table, np.array(rows))
+        assert found.ids.tolist() == rows and np.array_equal(found.images, whole.images[rows])
+        assert all(first == last for _, first, last in reads) and len(set(reads)) == len(reads)
+    reads.clear()
+    read_rows(table, [12, 29])
+    assert reads == [("part-00002.parquet", 0, 0), ("part-00002.parquet", 4, 4)]
+
+
+def test_no_rows_and_latents_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SimsError, match="has no rows to show"):
+        read_rows(tables.commit(tmp_path / "table", tables.random_rows(0)), [])
+    with pytest.raises(SimsError, match="cannot show latents; decode the table first with sims data decode"):
+        contact_sheet(tables.random_rows(2, (4, 2, 2), kind="latent").images)
+
+
+def test_a_sheet_is_written_as_png_whole_or_not_at_all(tmp_path: Path) -> None:
+    sheet = contact_sheet(images(4))
+    save_sheet(sheet, tmp_path / "new" / "sheet")
+    with Image.open(tmp_path / "new" / "sheet") as written:
+        assert written.format == "PNG" and np.array_equal(np.asarray(written), np.asarray(sheet))
+    with pytest.raises(SimsError, match="cannot be written"):
+        save_sheet(sheet, tmp_path / "new" / "sheet" / "inner.png")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["sheet"]
