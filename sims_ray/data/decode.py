@@ -27,7 +27,8 @@ from sims_ray.data.table import METADATA_KEY, SCHEMA_VERSION, Samples, SampleTab
 from sims_ray.errors import SimsError
 from sims_ray.storage.artifacts import MANIFEST, fingerprint, new_manifest, read_manifest, to_json
 from sims_ray.storage.folders import Folder, atomic_path
-from sims_ray.storage.latents import LatentSpace, VaeFiles
+from sims_ray.storage.latents import LatentSpace
+from sims_ray.storage.vae import VaeFiles
 
 STAGE = "decode"
 BATCH_SIZE = 8

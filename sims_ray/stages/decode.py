@@ -20,7 +20,8 @@ from sims_ray.errors import SimsError
 from sims_ray.stages.pool import run_on_pool
 from sims_ray.stages.progress import Progress
 from sims_ray.storage.folders import Folder
-from sims_ray.storage.latents import VaeFiles, choose_latents
+from sims_ray.storage.latents import choose_latents
+from sims_ray.storage.vae import VaeFiles
 
 logger = logging.getLogger("sims_ray")
 

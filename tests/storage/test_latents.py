@@ -21,11 +21,10 @@ from sims_ray.storage.conversion import convert_checkpoint, merge_checkpoints
 from sims_ray.storage.latents import (
     EDM2_LATENTS,
     LatentSpace,
-    VaeFiles,
-    _autoencoder,
     card_latents,
     choose_latents,
 )
+from sims_ray.storage.vae import VaeFiles, _autoencoder
 from tests.networks import SETTINGS, small_network
 
 STOCK = {"vae": "v", "scaling_factor": 0.25, "shift": 2.0}
