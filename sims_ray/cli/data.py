@@ -94,7 +94,8 @@ def verify(table: Table) -> None:
         typer.echo(f"{name} is left over: the manifest does not list it")
     if found.faults:
         count = f"{len(found.faults)} fault{'s' if len(found.faults) > 1 else ''}"
-        raise SimsError(f"{opened.folder} has {count}; restore what is named above, or make the table again")
+        advice = "remove the files named above and run the command that made them, or make the table again"
+        raise SimsError(f"{opened.folder} has {count}; {advice}")
     typer.echo(f"{opened.folder}: {found.rows:,} rows in {found.files} files, {found.bytes:,} bytes, all as listed")
 
 

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from sims_ray.cli.options import GpusOption, gpus_each
+
 app = typer.Typer()
 
 VaeOption = Annotated[str | None, typer.Option(help="Folder or hub name of the VAE; default the one that is named.")]
@@ -23,17 +25,12 @@ def decode(
     latents: LatentsOption = None,
     batch: Annotated[int, typer.Option(min=1, help="Latents per call of the VAE.")] = 8,
     workers: Annotated[int, typer.Option(min=0, help="Decode on this many Ray actors; 0: in this process.")] = 0,
-    gpus: Annotated[
-        float | None, typer.Option(min=0, help="GPUs per worker; default 1 where this machine has one.")
-    ] = None,
+    gpus: GpusOption = None,
 ) -> None:
     """Decode a table of latents to a table of images; run again to go on after a stop."""
-    import torch
-
     from sims_ray.config import ComputeSettings
     from sims_ray.stages.decode import decode_table
 
-    gpus_each = float(torch.cuda.is_available()) if gpus is None else gpus
-    compute = ComputeSettings(num_workers=workers, gpus_per_worker=gpus_each)
+    compute = ComputeSettings(num_workers=workers, gpus_per_worker=gpus_each(gpus))
     made = decode_table(table, out, compute, vae=vae, latents=latents, batch_size=batch)
     typer.echo(f"{made.folder}: {len(made):,} images of shape {made.shape}")

@@ -32,7 +32,7 @@ checkpoint_app = typer.Typer(
 def sample(
     target: Annotated[Path, typer.Argument(help="A .png for a grid, otherwise a folder of PNG files.")],
     run: RunOption = None,
-    model: ModelOption = "SIMS",
+    model: ModelOption = None,
     base: BaseOption = None,
     aux: AuxOption = None,
     omega: OmegaOption = None,
@@ -50,7 +50,7 @@ def sample(
 ) -> None:
     """Sample images from a model of a finished run, or from checkpoints."""
     choice = ModelChoice(run, model, base, aux, omega, sigma_lo, sigma_hi, preset)
-    source, sampler = choice.open("sims sample", num_steps=steps, solver=solver)
+    source, sampler = choice.open("sims sample", "SIMS", num_steps=steps, solver=solver)
     from sims_ray.studies.sample import sample_images
 
     nfe = sample_images(target, source, range(seed, seed + n), sampler, vae, latents)

@@ -21,6 +21,7 @@ from sims_ray.cli.options import (
     SigmaLoOption,
     StepsOption,
     WorkersOption,
+    gpus_each,
     workers_settings,
 )
 from sims_ray.errors import SimsError
@@ -36,7 +37,7 @@ def synthesize_(
     n: Annotated[int, typer.Option(min=1, help="Number of images.")],
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first image; the others follow.")] = 0,
     run: RunOption = None,
-    model: ModelOption = "base",
+    model: ModelOption = None,
     base: BaseOption = None,
     aux: AuxOption = None,
     omega: OmegaOption = None,
@@ -73,10 +74,10 @@ def synthesize_(
 ) -> None:
     """Sample a synthetic set, exactly once whatever dies; run again to go on, with a larger --n to extend it."""
     choice = ModelChoice(run, model, base, aux, omega, sigma_lo, sigma_hi, preset)
-    source, sampler = choice.open("sims data synthesize", num_steps=steps)
-    if classifier is None and (groups or shares):
+    source, sampler = choice.open("sims data synthesize", "base", num_steps=steps)
+    if classifier is None and (groups is not None or shares is not None):
         raise SimsError("--groups and --shares are of a classifier's attributes; give --classifier too")
-    import torch
+    from pydantic import StrictInt
 
     from sims_ray.config import ComputeSettings
     from sims_ray.data.table import SampleTable
@@ -87,25 +88,27 @@ def synthesize_(
 
     compute = ComputeSettings(
         **workers_settings(workers),
-        gpus_per_worker=float(torch.cuda.is_available()) if gpus is None else gpus,
+        gpus_per_worker=gpus_each(gpus),
         sampling_batch=batch,
         micro_batch=micro_batch,
         precision=precision,
     )
-    attributes = AttributeSource.of(classifier, _mapping(groups, "--groups")) if classifier else None
+    classes = None if groups is None else _mapping(groups, "--groups", dict[StrictInt, list[StrictInt]])
+    wanted = None if shares is None else _mapping(shares, "--shares", dict[StrictInt, float])
+    attributes = AttributeSource.of(classifier, classes) if classifier else None
     job = synthesis_job(
         out,
         source,
         sampler,
         range(seed, seed + n),
         labels=_labels(labels),
-        attributes=None if shares else attributes,
+        attributes=attributes if wanted is None else None,
         shard_nimg=shard_nimg,
         precision=precision,
     )
     made = job.set.folder
-    if attributes is not None and shares:
-        quota = QuotaJob.under(out, job, attributes, _mapping(shares, "--shares"), n)
+    if attributes is not None and wanted is not None:
+        quota = QuotaJob.under(out, job, attributes, wanted, n)
         synthesize_quota(quota, compute)
         made = quota.folder
     else:
@@ -120,22 +123,35 @@ def _labels(text: str | None) -> Any:
 
     if text is None:
         return None
-    found = yaml.safe_load(text) if text.lstrip().startswith("{") else {"kind": text}
+    found = _mapping(text, "--labels", dict[str, Any]) if text.lstrip().startswith("{") else {"kind": text}
     kind = next((name for name in ("probabilities", "quotas") if name in found), found.get("kind"))
     try:
         return LabelSettings(**{"kind": kind, **found})
     except ValidationError as error:
-        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise SimsError(f"--labels {text}: {reason}") from None
+        raise SimsError(f"--labels {text}: {_first(error)}; correct it") from None
 
 
-def _mapping(text: str | None, option: str) -> Any:
-    if text is None:
-        return None
+def _mapping(text: str, option: str, kind: Any) -> Any:
+    """A mapping of that kind, written as YAML."""
+    from pydantic import TypeAdapter, ValidationError
+
     try:
-        found = yaml.safe_load(text)
+        found = TypeAdapter(kind).validate_python(yaml.safe_load(text))
     except yaml.YAMLError:
         found = None
-    if not isinstance(found, dict) or not found:
+    except ValidationError as error:
+        raise SimsError(f"{option} {text}: {_first(error)}; write it like '{{0: ..., 1: ...}}'") from None
+    if not found:
         raise SimsError(f"{option} {text} is not a mapping; write it like '{{0: ..., 1: ...}}'")
     return found
+
+
+def _first(error: Any) -> str:
+    """The first of the faults that pydantic found, as words."""
+    fault = error.errors()[0]
+    where = ".".join(str(part) for part in fault["loc"])
+    return (
+        f"{where}: {fault['msg'].removeprefix('Value error, ')}"
+        if where
+        else fault["msg"].removeprefix("Value error, ")
+    )

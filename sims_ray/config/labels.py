@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from sims_ray.config.base import Count, Settings
+from sims_ray.config.base import SEED_LIMIT, Count, Settings
 
 SUM_TOLERANCE = 1e-6
 
@@ -35,6 +35,8 @@ class LabelSettings(Settings):
                 raise ValueError(f"kind={self.kind} needs {name}; give labels.{name}")
             if name != self.kind and value is not None:
                 raise ValueError(f"{name} means nothing to kind={self.kind}; set kind={name} or leave {name} out")
+        if sum((self.quotas or {}).values()) > SEED_LIMIT:
+            raise ValueError(f"quotas add up to more images than there are seeds, {SEED_LIMIT}; give smaller counts")
         total = math.fsum(self.probabilities or (1.0,))
         if abs(total - 1) > SUM_TOLERANCE:
             raise ValueError(f"probabilities add up to {total:.9g}; make them add up to 1")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping
@@ -20,16 +21,22 @@ import numpy as np
 
 from sims_ray.data.table import Samples, read_metadata, read_samples, table_result
 from sims_ray.errors import SimsError
-from sims_ray.storage.artifacts import MANIFEST, fingerprint, new_manifest, read_manifest, to_json
+from sims_ray.storage.artifacts import MANIFEST, fingerprint, new_manifest, to_json
 from sims_ray.storage.folders import Folder
 
 STAGE = "synthesize"
 SHARD = re.compile(r"^seeds-(\d{12})-(\d{12})\.parquet$")
 CHECK_THREADS = 8
+CHECK_BYTES = 512 << 20  # of files that are looked at at once
+COMMITS = 3
 
 
 class OtherSetError(SimsError):
     """A folder holds images that other settings or another model made."""
+
+
+class TornFileError(SimsError):
+    """A file is there and can be read, but is not what a worker left."""
 
 
 def shard_name(seeds: range) -> str:
@@ -122,7 +129,8 @@ class SyntheticSet:
         }
         loose = [name for name in sizes if shard_seeds(name) is not None and name not in listed]
         whole: dict[str, dict[str, Any]] = {}
-        with ThreadPoolExecutor(CHECK_THREADS) as pool:
+        largest = max((sizes[name] for name in loose), default=0)
+        with ThreadPoolExecutor(max(1, min(CHECK_THREADS, CHECK_BYTES // max(largest, 1)))) as pool:
             for name, found in zip(loose, pool.map(self._checked, loose), strict=True):
                 if isinstance(found, str):
                     torn[name] = found
@@ -136,17 +144,21 @@ class SyntheticSet:
         """Facts of a file that is there, after its whole content was looked at.
 
         Raises:
-            SimsError: it is torn, of another set, or its rows are not those of its name.
+            TornFileError: it is torn, or its rows are not those of its name.
+            OtherSetError: it is of another set.
             FileNotFoundError: it is absent.
         """
         data, where = self.folder.read(name), f"{self.folder}/{name}"
-        found = read_metadata(io.BytesIO(data), where).get("fingerprint")
-        samples = read_samples(io.BytesIO(data), where=where)
         seeds = shard_seeds(name) or range(0)
+        try:
+            found = read_metadata(io.BytesIO(data), where).get("fingerprint")
+            samples = read_samples(io.BytesIO(data), where=where)
+        except SimsError as error:
+            raise TornFileError(str(error)) from None
         if found != self.fingerprint:
             raise OtherSetError(f"{where} was made with other settings or another model; choose another folder")
         if not np.array_equal(samples.ids, np.arange(seeds.start, seeds.stop)):
-            raise SimsError(f"{where} holds other seeds than its name says; remove it")
+            raise TornFileError(f"{where} holds other seeds than its name says; remove it")
         return shard_facts(samples, data)
 
     def missing(self, kept: Iterable[str], n: int, shard_nimg: int) -> list[range]:
@@ -160,40 +172,59 @@ class SyntheticSet:
         return [part for gap in gaps for part in _cut(gap, first, shard_nimg)]
 
     def commit(self, kept: Mapping[str, Mapping[str, Any]]) -> None:
-        """List files in the manifest: these, and those that are listed there already.
+        """List files in the manifest: these, as far as they are there, and those that are listed there already.
 
         Raises:
             SimsError: the seeds of the files do not follow each other from the first one.
         """
-        sizes = self.folder.files()
-        listed = {name: facts for name, facts in (self._manifest() or {}).items() if sizes.get(name) == facts["bytes"]}
-        files: dict[str, dict[str, Any]] = {name: dict(facts) for name, facts in kept.items()}
-        files |= {name: dict(listed[name]) for name in _disjoint(files, listed)}
-        files = _in_a_row(files, self.first_seed)
+        for _ in range(COMMITS):
+            files = self._listable(kept)
+            result = {
+                "rows": sum(facts["rows"] for facts in files.values()),
+                "shape": list(self.shape),
+                "kind": self.kind,
+                "num_classes": max(facts["num_classes"] for facts in files.values()),
+                "unlabelled": sum(facts["unlabelled"] for facts in files.values()),
+                **self.facts,
+            }
+            manifest = new_manifest(STAGE, self.settings, self.parents, files, result)
+            if self._listable(kept) == files:  # or another driver has committed more while this one looked
+                break
+        self.folder.put(MANIFEST, to_json(manifest).encode())
+
+    def _listable(self, kept: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        """The files that a manifest may list now: those that one lists already go first."""
+        sizes, listed = self.folder.files(), self._manifest() or {}
+        files = {name: dict(facts) for name, facts in listed.items() if sizes.get(name) == facts["bytes"]}
+        ours = {name: dict(facts) for name, facts in kept.items() if sizes.get(name) == facts["bytes"]}
+        files |= {name: facts for name, facts in ours.items() if name in files}  # made anew, elsewhere perhaps
+        files = _in_a_row({**files, **{name: ours[name] for name in _disjoint(files, ours)}}, self.first_seed)
         if not files:
             raise SimsError(f"{self.folder} holds no images from seed {self.first_seed} on; run again to make them")
-        result = {
-            "rows": sum(facts["rows"] for facts in files.values()),
-            "shape": list(self.shape),
-            "kind": self.kind,
-            "num_classes": max(facts["num_classes"] for facts in files.values()),
-            "unlabelled": sum(facts["unlabelled"] for facts in files.values()),
-            **self.facts,
-        }
-        manifest = new_manifest(STAGE, self.settings, self.parents, files, result)
-        self.folder.put(MANIFEST, to_json(manifest).encode())
+        return files
 
     def _manifest(self) -> dict[str, dict[str, Any]] | None:
         """The files of the manifest; None without one."""
-        if self.folder.size(MANIFEST) is None:
+        try:
+            text = self.folder.read(MANIFEST)
+        except (FileNotFoundError, NotADirectoryError):
             return None
-        manifest = read_manifest(self.folder)
-        if manifest.get("fingerprint") != self.fingerprint:
+        try:
+            manifest = json.loads(text)
+            found = manifest["fingerprint"]
+            files = {str(name): dict(facts) for name, facts in manifest["files"].items()}
+            whole = all(isinstance(facts[key], int) for facts in files.values() for key in ("bytes", "rows"))
+        except (KeyError, TypeError, ValueError, AttributeError):
+            whole = False
+        if not whole:
+            raise SimsError(
+                f"{self.folder}/{MANIFEST} is torn; remove that file alone and run again, whole files are kept"
+            )
+        if found != self.fingerprint:
             raise OtherSetError(
                 f"{self.folder} holds what {manifest.get('stage')} made with other settings or another model; "
                 f"choose another folder"
             )
-        files: dict[str, dict[str, Any]] = manifest["files"]
         return files
 
     def _checked(self, name: str) -> dict[str, Any] | str:
@@ -201,9 +232,7 @@ class SyntheticSet:
             return self.check(name)
         except FileNotFoundError:
             return "was removed"
-        except OtherSetError:
-            raise
-        except SimsError as error:
+        except TornFileError as error:  # not what the storage fails with: such a file may be a good one
             return str(error)
 
 

@@ -167,7 +167,9 @@ def to_samples(table: pa.Table) -> Samples:
     names = table.column_names
     kind = next((kind for kind in KINDS if kind in names), "image")
     shape = tuple(table.schema.field(kind).type.shape)
-    images = table[kind].combine_chunks().storage.flatten().to_numpy(zero_copy_only=False).reshape(-1, *shape)
+    column = table[kind]
+    whole = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()  # which copies in any case
+    images = whole.storage.flatten().to_numpy(zero_copy_only=False).reshape(-1, *shape)
     optional = {field: table[column].to_numpy() for field, (column, _) in OPTIONAL.items() if column in names}
     return Samples(table["id"].to_numpy(), images, table["label"].to_numpy(), **optional)
 

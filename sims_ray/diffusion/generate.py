@@ -66,7 +66,7 @@ def generate(
         latents: the network makes latents, which stay as they are, in float16.
 
     Raises:
-        ValueError: a latent is not finite in float16; names its seed.
+        ValueError: an image, or a latent in float16, is not finite; names its seed.
     """
     solver = sampler.get("solver", "heun")
     state_dtype = getattr(torch, sampler.get("state_dtype", "float64"))
@@ -82,14 +82,15 @@ def generate(
             chosen = classes[start - seeds.start :][: len(batch)]
         labels = None if chosen is None else to_device(F.one_hot(chosen, label_dim), device).to(torch.float32)
         sampled = SAMPLERS[solver](network, noise, labels, sigmas=sigmas, streams=streams, **churn)
-        images = _finite(sampled.images, batch) if latents else to_uint8(sampled.images)
+        images = sampled.images.to(torch.float16) if latents else sampled.images
+        _check_finite(images, batch)
+        images = images if latents else to_uint8(images)
         yield Batch(batch, images.cpu(), chosen, sampled.nfe)
 
 
-def _finite(latents: Tensor, seeds: range) -> Tensor:
-    """Latents in float16, none of which overflowed or is nan."""
-    half = latents.to(torch.float16)
-    finite = half.isfinite().flatten(1).all(dim=1).tolist()
-    if not all(finite):
-        raise ValueError(f"the latent of seed {seeds[finite.index(False)]} has values that are not finite in float16")
-    return half
+def _check_finite(images: Tensor, seeds: range) -> None:
+    """Images or latents, float [B, C, H, W], none of which overflowed or is nan."""
+    if images.isfinite().all():
+        return
+    finite = images.isfinite().flatten(1).all(dim=1).tolist()
+    raise ValueError(f"the image or latent of seed {seeds[finite.index(False)]} has values that are not finite")

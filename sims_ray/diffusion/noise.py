@@ -1,7 +1,6 @@
 """Randomness that is a pure function of seeds: per-image streams for sampling, per-step draws for training."""
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -42,22 +41,3 @@ def step_generator(seed: int, nimg: int, stream: str) -> torch.Generator:
     """A CPU generator for one training step, a pure function of (seed, images seen, stream name)."""
     words = np.random.SeedSequence([seed, nimg, *stream.encode()]).generate_state(2, np.uint32)
     return torch.Generator("cpu").manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
-
-
-def epoch_order(seed: int, nimg: int, batch_size: int, num_rows: int) -> np.ndarray:
-    """Row numbers of the training step that starts at `nimg` images seen: int64 [batch_size].
-
-    Rows are visited in a fresh permutation per epoch, epochs follow each other without a gap, so the
-    order is a pure function of (seed, nimg) and every row is seen once per epoch.
-    """
-    positions = np.arange(nimg, nimg + batch_size)
-    rows = np.empty(batch_size, dtype=np.int64)
-    for epoch in np.unique(positions // num_rows):
-        of_epoch = positions // num_rows == epoch
-        rows[of_epoch] = _permutation(seed, int(epoch), num_rows)[positions[of_epoch] % num_rows]
-    return rows
-
-
-@lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, num_rows: int) -> np.ndarray:
-    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_rows)

@@ -11,15 +11,19 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sims_ray.diffusion.augment import AUGMENT_DIM, augment, draw_augmentation
 from sims_ray.diffusion.loss import DenoisingLoss, draw_noise
-from sims_ray.diffusion.noise import epoch_order, step_generator, to_device
+from sims_ray.diffusion.noise import step_generator, to_device
+from sims_ray.diffusion.order import TrainingData
 from sims_ray.nn.ema import ema_beta, power_beta, update_ema
 from sims_ray.nn.networks import trainable_parameters
 from sims_ray.nn.precond import Precond
@@ -92,10 +96,8 @@ class Training:
     Args:
         net: network to train, on `device`, the same on every worker.
         settings: what a step depends on.
-        images: the whole training set, uint8 [N, C, H, W], on the host.
-        classes: class of each image, int64 [N], or None for unconditional training.
-        weights: weight of each image in the loss [N], in any scale; None for equal ones.
-        rank, world_size: this worker's slice of the global batch.
+        data: this worker's slices of the global batches: uint8 images or float16 latents, on the host.
+        rank, world_size: which slice of the global batch that is.
         wrap: turns the module that computes the loss into one whose backward pass averages gradients (DDP).
     """
 
@@ -103,11 +105,9 @@ class Training:
         self,
         net: Precond,
         settings: Optimization,
-        images: Tensor,
-        classes: Tensor | None,
+        data: TrainingData,
         *,
         device: torch.device,
-        weights: Tensor | None = None,
         rank: int = 0,
         world_size: int = 1,
         wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
@@ -115,8 +115,7 @@ class Training:
         if settings.batch_size % world_size:
             raise ValueError(f"batch_size {settings.batch_size} does not divide by {world_size} workers; change either")
         self.net, self.settings, self.device = net, settings, device
-        self._images, self._classes = images, classes
-        self._weights = None if weights is None else weights / weights.mean()
+        self._data = data
         self._world_size = world_size
         self._rank = rank
         per_worker = settings.batch_size // world_size
@@ -140,19 +139,15 @@ class Training:
     def step(self) -> None:
         """Train on the next global batch; nothing here waits for the device."""
         s = self.settings
-        rows = epoch_order(s.seed, self.nimg, s.batch_size, len(self._images))[self._slice]
-        images = to_device(self._images[rows], self.device).to(torch.float32) / 127.5 - 1
-        labels = None
-        if self._classes is not None:
-            labels = F.one_hot(to_device(self._classes[rows], self.device), self.net.label_dim).to(torch.float32)
+        images, labels, weights = self._batch()
         images, augment_labels = self._augment(images)
         draws = draw_noise(self._generator("noise"), s.batch_size, tuple(images.shape[1:]), s.P_mean, s.P_std)
         sigma, noise = (to_device(draw[self._slice], self.device) for draw in draws)
         torch.manual_seed(self._generator(f"dropout{self._rank}").initial_seed())
 
         losses = self._loss(images, sigma, noise, labels, augment_labels)
-        if self._weights is not None:
-            losses = losses * to_device(self._weights[rows], self.device)
+        if weights is not None:
+            losses = losses * weights
         self.optimizer.zero_grad(set_to_none=True)
         (losses.mean() * s.loss_scale).backward()
         self._apply_gradients()
@@ -161,6 +156,21 @@ class Training:
         self.nimg += s.batch_size
         finite = losses.detach().isfinite()
         self._losses += torch.stack([losses.detach().where(finite, 0).sum(), finite.sum()])
+
+    def _batch(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Images as the network sees them, labels [B, K] and weights [B] of the next step, on the device."""
+
+        def moved(column: NDArray[Any]) -> Tensor:
+            return to_device(torch.from_numpy(column), self.device)
+
+        rows = self._data.batch(self.nimg)
+        images = moved(rows.images).to(torch.float32)
+        if rows.images.dtype == np.uint8:  # latents come as they are
+            images = images / 127.5 - 1
+        labels = None
+        if rows.labels is not None:
+            labels = F.one_hot(moved(rows.labels).to(torch.int64), self.net.label_dim).to(torch.float32)
+        return images, labels, None if rows.weights is None else moved(rows.weights)
 
     def _generator(self, stream: str) -> torch.Generator:
         return step_generator(self.settings.seed, self.nimg, stream)

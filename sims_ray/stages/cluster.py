@@ -57,7 +57,7 @@ def start_ray(compute: ComputeSettings) -> Any:
         "local",
         num_cpus=max(os.cpu_count() or 1, workers + DATA_SLOTS),
         include_dashboard=compute.dashboard,
-        object_store_memory=compute.object_store_mb << 20,
+        object_store_memory=None if compute.object_store_mb is None else compute.object_store_mb << 20,
         **common,
     )
     _check_gpus(ray, compute)
@@ -73,6 +73,13 @@ def _check_gpus(ray: Any, compute: ComputeSettings) -> None:
             f"compute.num_workers x compute.gpus_per_worker = {asked:g} GPUs, but this machine has {found:g}; "
             f"lower either, or set RAY_ADDRESS to a cluster that has them"
         )
+
+
+def object_store_bytes() -> int:
+    """Size of the object store of the smallest node of the cluster that this process is connected to."""
+    import ray
+
+    return int(min(node["Resources"].get("object_store_memory", 0) for node in ray.nodes() if node["Alive"]))
 
 
 @contextmanager

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 from sims_ray.config import ComputeSettings, FeatureSettings
 from sims_ray.data.table import SampleTable
-from sims_ray.diffusion.noise import epoch_order, step_generator
+from sims_ray.diffusion.noise import step_generator
+from sims_ray.diffusion.order import TrainingOrder
 from sims_ray.errors import SimsError
 from sims_ray.metrics.features import FeatureExtractor, images_moments, pixel_features
 from sims_ray.metrics.moments import Moments, merge_all
@@ -30,7 +31,7 @@ REFERENCE = "reference.npz"
 REPORT_STEPS = 50
 
 
-def make_features(artifact: Artifact, settings: FeatureSettings, table: Path, compute: ComputeSettings) -> None:
+def make_features(artifact: Artifact, settings: FeatureSettings, table: str | Path, compute: ComputeSettings) -> None:
     """Train the classifier if the settings ask for one, measure the real images, commit.
 
     Raises:
@@ -50,7 +51,9 @@ def make_features(artifact: Artifact, settings: FeatureSettings, table: Path, co
     artifact.commit({name: {} for name in files}, result)
 
 
-def _in_worker(artifact: Artifact, settings: FeatureSettings, table: Path, compute: ComputeSettings) -> Iterator[int]:
+def _in_worker(
+    artifact: Artifact, settings: FeatureSettings, table: str | Path, compute: ComputeSettings
+) -> Iterator[int]:
     """Images done so far, as the work goes on in one Ray task, or here with `num_workers` 0."""
     if not compute.num_workers:
         yield from _make(artifact, settings, table, None)
@@ -77,7 +80,7 @@ def load_reference(folder: Path) -> Moments:
     return Moments.load(folder / REFERENCE)
 
 
-def _make(artifact: Artifact, settings: FeatureSettings, table_path: Path, threads: int | None) -> Iterator[int]:
+def _make(artifact: Artifact, settings: FeatureSettings, table_path: str | Path, threads: int | None) -> Iterator[int]:
     if threads:
         torch.set_num_threads(threads)
     table = SampleTable(table_path)
@@ -102,8 +105,9 @@ def _train_classifier(
     samples = table.head(len(table))
     images, labels = torch.from_numpy(samples.images.copy()), torch.from_numpy(samples.labels.astype("int64"))
     optimizer = torch.optim.Adam(net.parameters(), settings.lr)
+    order = TrainingOrder(settings.seed, len(images), len(images))
     for step in range(settings.steps):
-        rows = epoch_order(settings.seed, step * settings.batch_size, settings.batch_size, len(images))
+        rows = order.rows(step * settings.batch_size, settings.batch_size)
         loss = F.cross_entropy(net(images[rows]), labels[rows])
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -116,6 +120,7 @@ def _train_classifier(
     architecture |= {"img_channels": table.shape[0], "num_classes": table.num_classes}
     accuracy = float((predicted == labels).double().mean())
     card = {"role": "feature classifier", "architecture": architecture, "data": table.fingerprint, "accuracy": accuracy}
+    card["resolution"] = list(table.shape[1:])  # other sizes pass through it as well, but mean nothing
     save_tensors(path, net.state_dict(), card)
 
 

@@ -194,7 +194,7 @@ def _choose(job: QuotaJob, compute: ComputeSettings, label: str) -> NDArray[np.i
         if wanted > job.limit_nimg:
             raise SimsError(
                 f"{job.n:,} rows with shares {dict(job.shares)} need about {wanted:,} candidates and "
-                f"{job.limit_nimg:,} are allowed ({tally} in {seen:,}); ask for fewer rows or allow more"
+                f"{job.limit_nimg:,} are allowed ({tally} in {seen:,}); ask for fewer rows"
             )
         logger.info("%s: %s in %s candidates, going on to %s", label, tally, f"{seen:,}", f"{wanted:,}")
         synthesize([replace(job.candidates, n=_whole_files(job, wanted))], compute, f"{label}: candidates")
@@ -213,8 +213,8 @@ def _attributes(job: QuotaJob, compute: ComputeSettings) -> NDArray[np.int32]:
     folder = job.candidates.set.folder
     if folder.size(MANIFEST) is None:
         return np.array([], np.int32)
+    synthesize([replace(job.candidates, n=len(SampleTable(folder)))], compute)  # remakes what was lost since
     table = SampleTable(folder)
-    synthesize([replace(job.candidates, n=len(table))], compute)  # remakes what was lost since
     parts = []
     for name in table.file_rows:
         with folder.open(name) as file:
@@ -279,4 +279,4 @@ def _part_name(slots: range) -> str:
 
 
 def _folder(root: str | Path, stage: str, name: str) -> Folder:
-    return Folder.at(f"{str(root).rstrip('/')}/{stage}-{name[:FINGERPRINT_CHARS]}")
+    return Folder.at(root).child(f"{stage}-{name[:FINGERPRINT_CHARS]}")

@@ -28,6 +28,10 @@ class ImageSampler:
         self._threads = max(1, int(compute.cpus_per_worker)) if compute.num_workers else None
         self._compute = compute
         self._device = "cuda" if compute.gpus_per_worker else "cpu"
+        if self._device == "cuda" and not torch.cuda.is_available():
+            raise SimsError(
+                f"compute.gpus_per_worker={compute.gpus_per_worker:g}, but there is no CUDA device here; set it to 0"
+            )
         self._batches: dict[SimsModel, int] = {}
 
     def prepare(self, model: SimsModel, nimg: int) -> int:
@@ -69,7 +73,7 @@ class ImageSampler:
             latents: the model makes latents.
 
         Raises:
-            SimsError: the GPU's memory does not hold the batch.
+            SimsError: the GPU's memory does not hold the batch, or an image is not finite.
         """
         batch_size = self.prepare(model, len(seeds))
         denoiser, shape, label_dim = self._load(model)
@@ -86,6 +90,8 @@ class ImageSampler:
                 device=self._device,
                 latents=latents,
             )
+        except ValueError as error:
+            raise SimsError(f"{model.base}: {error}; take another sampler, or guide less") from None
         except torch.cuda.OutOfMemoryError:
             raise SimsError(
                 f"the GPU has no memory for {batch_size} images at once; "

@@ -10,6 +10,7 @@ from sims_ray.config import ComputeSettings
 from sims_ray.errors import SimsError
 from sims_ray.stages.cluster import as_sentence, own_interrupts, ray_folder, start_ray
 from sims_ray.stages.progress import Progress
+from sims_ray.stages.reading import Source, open_source
 from sims_ray.stages.train_loop import FAILURE, KIMG, TrainJob, snapshot_name, train_loop
 from sims_ray.stages.training_log import METRICS, read_metrics
 from sims_ray.storage.checkpoints import newest_nimg
@@ -24,13 +25,18 @@ def train(job: TrainJob, compute: ComputeSettings, on_metrics: Callable[[dict[st
     `on_metrics` receives `nimg`, `loss` and `images_per_s` in the calling process as training goes on.
 
     Raises:
-        SimsError: the loss is no longer a number, or the workers failed more often than allowed.
+        SimsError: the set cannot be trained on, the loss is no longer a number, or the workers failed more often
+            than allowed.
     """
+    training_set = job.training_set()
+    if compute.num_workers:
+        start_ray(compute)
     job.artifact.path.mkdir(parents=True, exist_ok=True)
     for torn in job.artifact.path.glob(".*.tmp"):  # what a killed process was writing
         torn.unlink(missing_ok=True)
-    with _follow(job, on_metrics):
-        _fit(job, compute)
+    positions = range(newest_nimg(job.artifact.path), job.stop_nimg)
+    with open_source(training_set, job.reading, positions, compute) as source, _follow(job, on_metrics):
+        _fit(job, compute, source)
     losses = read_metrics(job.artifact.path)
     snapshots = {f"{b:g}": snapshot_name(b) for b in job.budgets_kimg}
     averages = sorted(path.name for path in job.artifact.path.glob(PATTERN))
@@ -42,9 +48,7 @@ def train(job: TrainJob, compute: ComputeSettings, on_metrics: Callable[[dict[st
         state.unlink()
 
 
-def _fit(job: TrainJob, compute: ComputeSettings) -> None:
-    if compute.num_workers:
-        start_ray(compute)
+def _fit(job: TrainJob, compute: ComputeSettings, source: Source) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
@@ -54,7 +58,12 @@ def _fit(job: TrainJob, compute: ComputeSettings) -> None:
         with own_interrupts(), ray_folder(job.artifact.path) as folder:
             TorchTrainer(
                 train_loop,
-                train_loop_config={"job": job, "threads": threads, "precision": compute.precision},
+                train_loop_config={
+                    "job": job,
+                    "source": source,
+                    "threads": threads,
+                    "precision": compute.precision,
+                },
                 scaling_config=ScalingConfig(
                     num_workers=compute.num_workers,
                     use_gpu=compute.gpus_per_worker > 0,
@@ -67,7 +76,12 @@ def _fit(job: TrainJob, compute: ComputeSettings) -> None:
                 ),
             ).fit()
     except Exception as error:
+        _check_failure(job)  # one worker may have stopped with a sentence, and the others because of it
         raise as_sentence(error, f"training of {job.artifact.path.name}") from error
+    _check_failure(job)
+
+
+def _check_failure(job: TrainJob) -> None:
     if (failure := job.artifact.path / FAILURE).is_file():
         sentence = failure.read_text()
         failure.unlink()

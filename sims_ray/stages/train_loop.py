@@ -13,12 +13,16 @@ import torch
 from sims_ray.config import FinetuneSettings, OptimizerSettings
 from sims_ray.data.table import SampleTable
 from sims_ray.diffusion.noise import step_generator
+from sims_ray.diffusion.order import Share
 from sims_ray.diffusion.training import Optimization, Training
 from sims_ray.errors import SimsError
 from sims_ray.nn.networks import build_network
+from sims_ray.stages.reading import Source
 from sims_ray.stages.training_log import TrainingLog
+from sims_ray.stages.training_set import TrainingSet
 from sims_ray.storage.artifacts import Artifact
 from sims_ray.storage.checkpoints import load_model, newest_state, read_card, save_model, save_tensors, state_path
+from sims_ray.storage.latents import card_latents
 from sims_ray.storage.posthoc import PATTERN, power_ema, reconstruct, save_average
 
 FAILURE = "failure.txt"
@@ -37,10 +41,11 @@ class TrainJob:
         network: entry `network` of the checkpoint card.
         settings: optimiser, EMA and noise.
         budgets_kimg: a snapshot of the EMA weights is left at each; the last one ends the run.
-        table: sample table to train on.
+        table: sample table to train on, its folder or URI.
         num_rows: rows of it to use, from the first; None for all.
         init: checkpoint whose weights to start from; None for fresh weights.
         precision: dtype of the network on a GPU.
+        reading: 'resident', 'streaming', or 'auto'; does not change the result.
     """
 
     role: str
@@ -48,10 +53,25 @@ class TrainJob:
     network: Mapping[str, Any]
     settings: OptimizerSettings
     budgets_kimg: tuple[float, ...]
-    table: Path
+    table: str | Path
     num_rows: int | None = None
     init: Path | None = None
     precision: str = "float32"
+    reading: str = AUTO
+
+    @property
+    def stop_nimg(self) -> int:
+        """Images seen when training ends: the last budget, in whole batches."""
+        batch_size = self.settings.batch_size
+        return math.ceil(self.budgets_kimg[-1] * KIMG / batch_size) * batch_size
+
+    def training_set(self) -> TrainingSet:
+        """The rows to train on, checked.
+
+        Raises:
+            SimsError: the table has fewer, or labels that the network does not know.
+        """
+        return TrainingSet.of(self.table, self.num_rows, self.settings.seed, self.network["label_dim"])
 
     def optimization(self) -> Optimization:
         """The step's settings, counts in images."""
@@ -110,7 +130,7 @@ def _train(job: TrainJob, config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
-    training = _build(job, rank, world_size, device, ray.train.torch.prepare_model)
+    training = _build(job, config["source"], rank, world_size, device, ray.train.torch.prepare_model)
     on_gpu, forced = device.type == "cuda", config["precision"]
     training.net.run_in((job.precision if on_gpu else "float32") if forced == AUTO else forced)
     if (found := newest_state(job.artifact.path)) is not None:
@@ -135,28 +155,20 @@ def _train(job: TrainJob, config: dict[str, Any]) -> None:
 
 
 def _build(
-    job: TrainJob, rank: int, world_size: int, device: torch.device, wrap: Callable[[torch.nn.Module], torch.nn.Module]
+    job: TrainJob,
+    source: Source,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    wrap: Callable[[torch.nn.Module], torch.nn.Module],
 ) -> Training:
-    table = SampleTable(job.table)
-    samples = table.head(len(table) if job.num_rows is None else job.num_rows)
-    images = torch.from_numpy(samples.images.copy())
-    classes = None
-    if label_dim := job.network["label_dim"]:
-        if samples.labels.min() < 0 or samples.labels.max() >= label_dim:
-            raise SimsError(
-                f"{job.table} has labels {samples.labels.min()}..{samples.labels.max()} but the network knows "
-                f"0..{label_dim - 1}; import labelled images or set network.conditional=false"
-            )
-        classes = torch.from_numpy(samples.labels.astype("int64"))
     torch.manual_seed(step_generator(job.settings.seed, 0, "weights").initial_seed())
     net = build_network(job.network) if job.init is None else load_model(job.init)[0].requires_grad_(True)
     return Training(
         net.to(device),
         job.optimization(),
-        images,
-        classes,
+        source.open(Share(source.training_set.order, job.settings.batch_size, rank, world_size)),
         device=device,
-        weights=None if samples.weights is None else torch.from_numpy(samples.weights.copy()),
         rank=rank,
         world_size=world_size,
         wrap=wrap if world_size > 1 else lambda module: module,
@@ -208,14 +220,16 @@ def _card(job: TrainJob, nimg: int) -> dict[str, Any]:
         "training": job.artifact.fingerprint,
         "parents": list(job.artifact.parents),
         "data": SampleTable(job.table).fingerprint,
-        **_licence(job.init),
+        **_handed_on(job),
     }
 
 
-def _licence(init: Path | None) -> dict[str, str]:
-    """What a model was fine-tuned from hands on its licence."""
-    licence = read_card(init).get("licence") if init else None
-    return {"licence": licence} if licence else {}
+def _handed_on(job: TrainJob) -> dict[str, Any]:
+    """The licence and the latents of what a model was fine-tuned from; the latents of its table otherwise."""
+    card = read_card(job.init) if job.init else None
+    latents = card_latents(card) if card else SampleTable(job.table).manifest["result"].get("latents")
+    facts = {"licence": card.get("licence") if card else None, "latents": latents}
+    return {key: value for key, value in facts.items() if value}
 
 
 def _crossings(start_nimg: int) -> Callable[[int, str, float], bool]:

@@ -90,6 +90,11 @@ class Folder:
         """Its path, if it lies on a file system of this machine."""
         return None if is_uri(self.location) else Path(self.location)
 
+    def child(self, name: str) -> Folder:
+        """A folder in this one; the options of a URI stay with it."""
+        head, mark, query = self.location.partition("?") if self.local is None else (self.location, "", "")
+        return Folder(f"{head}/{name}{mark}{query}")
+
     @property
     def name(self) -> str:
         """Last part of the location."""
@@ -102,7 +107,10 @@ class Folder:
             from pyarrow.fs import FileSelector, FileType
 
             store, path = open_store(self.location)
-            found = store.get_file_info(FileSelector(path, allow_not_found=True))
+            try:
+                found = store.get_file_info(FileSelector(path, allow_not_found=True))
+            except FileNotFoundError:  # pyarrow looks twice, and it may come or go in between
+                return {}
             files = [entry for entry in found if entry.type == FileType.File and not entry.base_name.startswith(".")]
             return {entry.base_name: entry.size for entry in sorted(files, key=lambda entry: entry.base_name)}
 

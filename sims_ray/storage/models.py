@@ -50,6 +50,7 @@ class SimsModel:
         sigma_hi: float | None = None,
     ) -> SimsModel:
         """The model as workers on any node find it: with absolute paths."""
+        sigma_hi = None if sigma_hi == math.inf else sigma_hi
         return cls(str(base.resolve()), str(aux.resolve()) if aux else None, omega, sigma_lo, sigma_hi)
 
     def to_dict(self) -> dict[str, Any]:

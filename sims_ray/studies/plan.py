@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from sims_ray.config import OptimizerSettings, Recipe
+from sims_ray.config.labels import LabelSettings
 from sims_ray.data.synthetic import STAGE, SyntheticSet
+from sims_ray.diffusion.labels import check_labels
 from sims_ray.errors import SimsError
 from sims_ray.stages.evaluate import Evaluation
 from sims_ray.stages.synthesize import SynthesisJob
@@ -26,6 +28,11 @@ POWER_FUNCTION = {"ema_std", "ema_snapshot_kimg"}
 NOT_CONTENT = {"checkpoint_kimg", "log_kimg", "duration_kimg", "budgets_kimg", "checkpoint"}  # or told otherwise
 
 
+def label_content(labels: LabelSettings) -> dict[str, Any]:
+    """The settings of labels that the images depend on, as plain values."""
+    return labels.model_dump(mode="json", exclude_none=True)
+
+
 class Plan:
     """The artifacts and jobs of one recipe.
 
@@ -34,7 +41,7 @@ class Plan:
         out: output folder; artifacts lie under `out/artifacts`.
 
     Raises:
-        SimsError: the images do not fit the network, or there is no sample table at data.path.
+        SimsError: the images or the synthetic labels do not fit the network, or there is no table at data.path.
     """
 
     def __init__(self, recipe: Recipe, out: Path) -> None:
@@ -43,6 +50,7 @@ class Plan:
         self.store = Store(self.out / "artifacts")
         self.seeds = recipe.seed_ledger()
         self.inputs = Inputs(recipe, self.store)
+        check_labels(label_content(recipe.synthesize.labels), self.inputs.network["label_dim"])
 
     @cached_property
     def sampler(self) -> dict[str, Any]:
@@ -95,7 +103,7 @@ class Plan:
         settings = self.recipe.synthesize
         content: dict[str, Any] = {"sampler": self.sampler, **self._forced_precision}
         if settings.labels.kind != "seed":
-            content["labels"] = settings.labels.model_dump(mode="json", exclude_none=True)
+            content["labels"] = label_content(settings.labels)
         root = absolute(settings.root or self.store.root)
         seeds, parents = self.seeds["synthesis"], (self.base_artifact.fingerprint,)
         target = self._set(root, STAGE, content, seeds, parents)
@@ -220,7 +228,7 @@ class Plan:
     ) -> SyntheticSet:
         settings = json.loads(json.dumps({**content, "first_seed": seeds.start}))  # as a manifest gives them back
         name = f"{prefix}-{fingerprint(STAGE, settings, parents)[:FINGERPRINT_CHARS]}"
-        folder = Folder.at(f"{root}/{name}")
+        folder = Folder.at(root).child(name)
         return SyntheticSet(folder, settings, parents, self.inputs.shape, self.inputs.kind, self.inputs.latents)
 
     def _identity(self, settings: OptimizerSettings, budgets: Sequence[float], **extra: Any) -> dict[str, Any]:

@@ -60,7 +60,7 @@ class SimsRun:
         self.plan = Plan(recipe, out)
         self.recipe, self.out = recipe, self.plan.out
         self.tracker = Tracker(recipe.tracking, self.out)
-        content = recipe.model_dump(mode="json", exclude={"compute", "tracking"})
+        content = recipe.model_dump(mode="json", exclude={"compute": True, "tracking": True, "data": {"reading"}})
         self._key = fingerprint("run", content, [self.plan.base_artifact.fingerprint])
         self._root: TrackedRun | None = None
 

@@ -29,7 +29,9 @@ def summarise(plan: Plan, selected: Mapping[str, Any]) -> dict[str, Any]:
         "models": models(plan, selected),
         "trials": plan.sweep.result["trials"],
         "losses": losses,
-        "settings": plan.recipe.model_dump(mode="json", exclude={"tracking", "compute"}),
+        "settings": plan.recipe.model_dump(
+            mode="json", exclude={"tracking": True, "compute": True, "data": {"reading"}}
+        ),
         "versions": plan.sweep.manifest["versions"],
         "seeds": {use: [seeds.start, seeds.stop] for use, seeds in plan.seeds.items()},
     }

@@ -20,6 +20,7 @@ from sims_ray.storage.folders import Folder
 from sims_ray.storage.latents import card_latents
 from sims_ray.storage.models import SimsModel
 from sims_ray.studies.inputs import IMAGE_CHANNELS
+from sims_ray.studies.plan import label_content
 
 
 def synthesis_job(
@@ -58,7 +59,7 @@ def synthesis_job(
     shape = (network["img_channels"], network["img_resolution"], network["img_resolution"])
     content: dict[str, Any] = {"sampler": sampler.model_dump(mode="json"), "first_seed": seeds.start}
     if labels is not None and labels.kind != "seed":
-        content["labels"] = labels.model_dump(mode="json", exclude_none=True)
+        content["labels"] = label_content(labels)
         check_labels(content["labels"], network["label_dim"])
     if attributes is not None:
         content["attributes"] = attributes.identity()
@@ -67,6 +68,10 @@ def synthesis_job(
         content["forced_precision"] = precision
     parents = [fingerprint("base", {"sha256": sha256_file(Path(model.base))}, ())]
     if model.omega != 0 and model.aux is not None:
+        aux = read_card(Path(model.aux))
+        described(Path(model.aux), aux)
+        if aux["network"] != network:
+            raise SimsError(f"{model.aux} and {model.base} hold different networks; give an auxiliary of this base")
         content |= {"omega": model.omega}
         if model.omega != -1:
             content["guidance"] = {"sigma_lo": model.sigma_lo, "sigma_hi": model.sigma_hi}

@@ -44,7 +44,7 @@ def test_verify_lists_every_fault_and_fails(place: str, capsys: pytest.CaptureFi
     assert sims("data", "verify", f"{place}/set") == 1
     shown = capsys.readouterr()
     assert [line.split()[0] for line in shown.out.splitlines()] == [first, second]
-    assert f"error: {place}/set has 2 faults; restore" in shown.err
+    assert f"error: {place}/set has 2 faults; remove the files named above" in shown.err
     folder.put(first, b"torn")
     folder.delete("manifest.json")
     assert sims("data", "verify", f"{place}/set") == 1

@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sims_ray.diffusion.order import InMemory, Rows, Share, TrainingOrder
 from sims_ray.diffusion.training import Optimization, Training
 from sims_ray.nn.precond import Precond
 from tests.networks import ARCHITECTURES, small_network
@@ -54,9 +56,23 @@ def trainable(seed: int = 0, architecture: str = "ddpmpp", **settings: Any) -> P
     return small_network(seed, **{"label_dim": 2, **ARCHITECTURES[architecture], **settings}).requires_grad_(True)
 
 
-def training(net: Precond, settings: Optimization = SETTINGS, images: Tensor = IMAGES, **options: Any) -> Training:
+ORDER = TrainingOrder(SETTINGS.seed, len(IMAGES), len(IMAGES))
+
+
+def training(
+    net: Precond,
+    settings: Optimization = SETTINGS,
+    images: Tensor = IMAGES,
+    weights: Tensor | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    **options: Any,
+) -> Training:
     """A run on the images above."""
-    return Training(net, settings, images, LABELS.argmax(1), **{"device": CPU, **options})
+    told = None if weights is None else weights.numpy()
+    rows = Rows(np.arange(len(images)), images.numpy(), LABELS.argmax(1).numpy(), told)
+    data = InMemory([rows], Share(ORDER, settings.batch_size, rank, world_size))
+    return Training(net, settings, data, **{"device": CPU, "rank": rank, "world_size": world_size, **options})
 
 
 def recorded(net: Precond, settings: Optimization = SETTINGS, **options: Any) -> tuple[Training, Recorder]:

@@ -1,12 +1,11 @@
 import itertools
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from sims_ray.diffusion.generate import generate
-from sims_ray.diffusion.noise import SeedStreams, epoch_order, step_generator
+from sims_ray.diffusion.noise import SeedStreams, step_generator
 from sims_ray.diffusion.sampler import heun_sampler, sigma_schedule
 from tests.networks import small_network
 
@@ -72,27 +71,6 @@ def test_float_images_agree_between_batch_sizes_to_1e4() -> None:
             [heun_sampler(net, part, sigmas=sigma_schedule(4)).images for part in latents[:6].split(batch_size)]
         )
         torch.testing.assert_close(apart, together[:6], rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("batch_size", [1, 4, 7, 10, 23, 50])
-def test_every_row_is_visited_once_per_epoch_across_borders_and_with_batches_above_the_table(batch_size: int) -> None:
-    num_rows, epochs = 10, 5
-    steps = [epoch_order(3, nimg, batch_size, num_rows) for nimg in range(0, epochs * num_rows, batch_size)]
-    visited = np.concatenate(steps)[: epochs * num_rows].reshape(epochs, num_rows)
-    assert (np.sort(visited, axis=1) == np.arange(num_rows)).all()
-    assert len({tuple(epoch) for epoch in visited}) == epochs
-
-
-@pytest.mark.parametrize("small", [1, 3, 8])
-def test_small_steps_one_after_another_equal_one_large_step(small: int) -> None:
-    nimg = 17
-    whole = epoch_order(5, nimg, 24, 10)
-    steps = np.concatenate([epoch_order(5, nimg + done, small, 10) for done in range(0, 24, small)])
-    assert (steps == whole).all()
-
-
-def test_the_order_depends_on_the_seed() -> None:
-    assert (epoch_order(0, 0, 100, 100) != epoch_order(1, 0, 100, 100)).any()
 
 
 def test_a_step_generator_is_a_function_of_seed_images_seen_and_stream_and_differs_by_each() -> None:

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from sims_ray.diffusion.guidance import encoder_difference, shared_encoder_guidance
 from sims_ray.diffusion.loss import DenoisingLoss, draw_noise
-from sims_ray.diffusion.noise import epoch_order, step_generator
+from sims_ray.diffusion.noise import step_generator
 from sims_ray.nn.networks import decoder_parameters
 from sims_ray.storage.checkpoints import load_tensors, save_tensors
 from tests.diffusion.runs import (
     IMAGES,
     LABELS,
+    ORDER,
     SETTINGS,
     Poisoned,
     gradients,
@@ -47,7 +48,7 @@ def test_the_reported_loss_is_the_mean_of_the_edm_loss_over_the_images_since_the
     run, net = training(trainable(), replace(SETTINGS, lr=1e-30)), trainable()
     losses = []
     for nimg in (0, 8, 16):
-        rows = epoch_order(SETTINGS.seed, nimg, 8, 20)
+        rows = ORDER.rows(nimg, 8)
         sigma, noise = draw_noise(step_generator(SETTINGS.seed, nimg, "noise"), 8, (1, 8, 8), -1.2, 1.2)
         losses.append(DenoisingLoss(net)(IMAGES[rows] / 127.5 - 1, sigma, noise, LABELS[rows]).detach())
     run.step()

@@ -8,11 +8,12 @@ from torch import Tensor
 
 from sims_ray.diffusion.augment import augment, augment_label, draw_augmentation
 from sims_ray.diffusion.loss import DenoisingLoss, draw_noise
-from sims_ray.diffusion.noise import epoch_order, step_generator
+from sims_ray.diffusion.noise import step_generator
 from sims_ray.diffusion.training import Optimization, Training
 from tests.diffusion.runs import (
     IMAGES,
     LABELS,
+    ORDER,
     SETTINGS,
     gradients,
     recorded,
@@ -24,7 +25,7 @@ from tests.networks import ARCHITECTURES
 
 WEIGHTS = torch.linspace(0.0, 2.0, 20)
 AUGMENTED = replace(SETTINGS, augment=0.5)
-ROWS = epoch_order(SETTINGS.seed, 0, 8, 20)  # of the first step
+ROWS = ORDER.rows(0, 8)  # of the first step
 
 
 def close(actual: Tensor, expected: Tensor) -> None:
@@ -89,6 +90,18 @@ def test_weighted_and_augmented_gradients_of_all_workers_average_to_those_of_one
     close(torch.stack([gradients(run) for run in team]).mean(0), gradients(alone))
 
 
+# --- latents
+
+
+def test_latents_enter_as_they_are_in_float32() -> None:
+    latents = (torch.randn(20, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 3).to(torch.float16)
+    run, recorder = recorded(trainable(), images=latents)
+    run.step()
+    images = recorder.seen[0][0]
+    assert images is not None and images.dtype == torch.float32
+    assert torch.equal(images, latents[torch.from_numpy(ROWS)].to(torch.float32))
+
+
 # --- augmentation
 
 
@@ -123,7 +136,7 @@ def test_augmented_images_and_their_labels_are_those_of_the_step_s_own_draws() -
     run, recorder = recorded(trainable(augment_dim=9), AUGMENTED)
     run.nimg = 16
     run.step()
-    rows = epoch_order(SETTINGS.seed, 16, 8, 20)
+    rows = ORDER.rows(16, 8)
     a = draw_augmentation(step_generator(SETTINGS.seed, 16, "augment"), 8, 0.5)
     images, labels = augment(IMAGES[rows] / 127.5 - 1, a)
     seen, _, _, _, told = recorder.seen[0]

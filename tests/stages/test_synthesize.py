@@ -14,9 +14,11 @@ import pytest
 from sims_ray.config import ComputeSettings, SamplerSettings
 from sims_ray.config.labels import LabelSettings
 from sims_ray.data.table import Samples, SampleTable
+from sims_ray.data.verify import verify
 from sims_ray.errors import SimsError
-from sims_ray.stages.synthesize import PLAN, SHARD_BYTES, SynthesisJob, synthesize
+from sims_ray.stages.synthesize import PLAN, SHARD_BYTES, Shard, ShardWorker, SynthesisJob, synthesize
 from sims_ray.storage.checkpoints import save_tensors
+from sims_ray.storage.folders import Folder
 from sims_ray.storage.models import SimsModel
 from sims_ray.studies.synthetic import synthesis_job
 from tests.networks import SETTINGS, small_network
@@ -137,14 +139,107 @@ def test_what_a_killed_process_was_writing_is_removed_and_what_a_living_one_writ
 def test_the_size_of_a_file_follows_from_the_speed_of_a_worker_and_is_kept(base: Path, tmp_path: Path) -> None:
     out = tmp_path / "set"
     synthesize([job(out, base, 2500, None)], ALONE)
-    planned = json.loads((out / PLAN).read_text())["shard_nimg"]
-    assert planned >= 500 and planned * 64 <= SHARD_BYTES
-    sizes = [facts["rows"] for facts in SampleTable(out).manifest["files"].values()]
-    assert sizes[0] == 500 and sum(sizes) == 2500 and max(sizes) <= min(planned, 625)
-    (out / PLAN).write_text(json.dumps({"shard_nimg": 501}))  # as another driver would have planned it
-    synthesize([job(out, base, 4600, None)], ALONE)
-    more = [facts["rows"] for facts in SampleTable(out).manifest["files"].values()][len(sizes) :]
-    assert max(more) == 501 and sum(more) == 2100
+    plan = json.loads((out / PLAN).read_text())
+    assert plan["n"] == 2500 and 500 <= plan["shard_nimg"] <= 625 and plan["shard_nimg"] * 64 <= SHARD_BYTES
+    sizes = {name: facts["rows"] for name, facts in SampleTable(out).manifest["files"].items()}
+    assert sum(sizes.values()) == 2500 and max(sizes.values()) <= plan["shard_nimg"]
+    (out / PLAN).write_text(json.dumps({**plan, "shard_nimg": 111}))  # as another driver would have planned it
+    (out / "manifest.json").unlink()
+    (out / max(sizes)).unlink()
+    synthesize([job(out, base, 2500, None)], ALONE)
+    more = [facts["rows"] for name, facts in SampleTable(out).manifest["files"].items() if name not in sizes]
+    assert max(more) == 111
+
+
+@pytest.mark.parametrize("text", ['{"sha', "[]", '{"shard_nimg": 0}', "{}"])
+def test_a_torn_plan_is_made_anew(text: str, base: Path, tmp_path: Path) -> None:
+    synthesize([job(tmp_path, base, 40)], ALONE)
+    (tmp_path / PLAN).write_text(text)
+    synthesize([job(tmp_path, base, 60)], ALONE)
+    assert json.loads((tmp_path / PLAN).read_text())["shard_nimg"] == 20 and len(SampleTable(tmp_path)) == 60
+
+
+def test_files_that_are_all_there_are_committed_without_sampling(base: Path, tmp_path: Path) -> None:
+    synthesize([job(tmp_path, base, 2100, 500)], ALONE)
+    before = digests(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    (tmp_path / PLAN).unlink()
+    synthesize([job(tmp_path, base, 2100, None)], ALONE)
+    assert {name: digest for name, digest in before.items() if name != PLAN} == digests(tmp_path)
+
+
+def test_a_storage_that_fails_for_a_while_costs_no_file(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synthesize([job(tmp_path, base, 60)], ALONE)
+    (tmp_path / "manifest.json").unlink()
+    before = digests(tmp_path)
+
+    def fails(self: Folder, name: str) -> bytes:
+        if name.startswith("seeds-"):
+            raise SimsError("cannot be read (SLOW_DOWN)")
+        return read(self, name)
+
+    read = Folder.read
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "read", fails)
+        with pytest.raises(SimsError, match="SLOW_DOWN"):
+            synthesize([job(tmp_path, base, 60)], ALONE)
+    assert digests(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "text", ['{"a', "[]", "{}", '{"files": {"x": {}}, "fingerprint": "f"}', '{"fingerprint": "f"}']
+)
+def test_a_torn_manifest_is_named_and_without_it_all_files_count(text: str, base: Path, tmp_path: Path) -> None:
+    synthesize([job(tmp_path, base, 60)], ALONE)
+    before = digests(tmp_path)
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(SimsError, match=r"manifest.json is torn; remove that file alone and run again"):
+        synthesize([job(tmp_path, base, 60)], ALONE)
+    (tmp_path / "manifest.json").unlink()
+    synthesize([job(tmp_path, base, 60)], ALONE)
+    assert digests(tmp_path) == before
+
+
+def test_drivers_that_cut_a_set_differently_at_once_end_with_a_manifest_that_holds(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside: list[int] = []
+    run = ShardWorker.run
+
+    def interrupted(self: ShardWorker, shard: Shard) -> dict[str, object]:
+        if not inside:
+            inside.append(1)
+            synthesize([job(tmp_path, base, 90, 30)], ALONE)  # another driver does all of its work just now
+        return run(self, shard)
+
+    monkeypatch.setattr(ShardWorker, "run", interrupted)
+    synthesize([job(tmp_path, base, 60, 20)], ALONE)
+    assert verify(SampleTable(tmp_path)).faults == () and len(SampleTable(tmp_path)) == 90
+    synthesize([job(tmp_path, base, 120, 40)], ALONE)
+    assert verify(SampleTable(tmp_path)).faults == ()
+    assert np.array_equal(rows(tmp_path).ids, np.arange(7, 127))
+
+
+def test_images_that_are_not_finite_are_refused_with_the_seed_and_not_committed(base: Path, tmp_path: Path) -> None:
+    aux = checkpoint(tmp_path / "aux.safetensors", 1)
+    model = SimsModel.of(base, aux, 1e308)
+    one = synthesis_job(str(tmp_path / "set"), model, STEPS, range(3, 23))
+    with pytest.raises(SimsError, match="seed 3 has values that are not finite; take another sampler, or guide less"):
+        synthesize([one], ALONE)
+    assert not list((tmp_path / "set").glob("seeds-*"))
+
+
+def test_a_folder_of_one_training_is_not_gone_on_with_by_another_of_the_same_settings(
+    base: Path, tmp_path: Path
+) -> None:
+    one = job(tmp_path / "set", base, 40)
+    synthesize([one], ALONE)
+    again = checkpoint(tmp_path / "again.safetensors", 1)
+    same_name = replace(one, model=SimsModel.of(again), n=60)
+    with pytest.raises(SimsError, match="begun with other weights of this model; choose another folder"):
+        synthesize([same_name], ALONE)
 
 
 @pytest.mark.parametrize("kind", ["uniform", "probabilities", "quotas"])
@@ -200,7 +295,7 @@ def test_one_model_is_one_set_wherever_its_checkpoint_lies_and_another_one_is_re
         synthesize([other], ALONE)
     (out / "manifest.json").unlink()
     before = digests(out)
-    with pytest.raises(SimsError, match="another model; choose another folder"):
+    with pytest.raises(SimsError, match="choose another folder"):
         synthesize([other], ALONE)
     assert digests(out) == before
 

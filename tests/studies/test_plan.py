@@ -65,7 +65,6 @@ def test_images_of_four_channels_are_refused_and_latents_of_four_are_not_measure
         ("synthesize.root=elsewhere", set()),
         ("tune.n_s=[96,1000]", set()),
         ("seeds.synthesis=5", {"synthesis", "finetune", "evaluation"}),
-        ("synthesize.labels.kind=uniform", {"synthesis", "finetune", "evaluation"}),
         ("compute.compile=true", set()),
     ],
 )
@@ -93,3 +92,14 @@ def test_the_auxiliary_of_the_table_is_not_touched_by_a_guidance_interval(out: P
     alone = (-1.0, 1.0, 96)
     assert plain.evaluation(seeds, *alone).artifact == interval.evaluation(seeds, *alone).artifact
     assert isinstance(interval.model(*alone), SimsModel)
+
+
+def test_labels_make_another_set_and_are_refused_at_once_where_the_network_does_not_know_them(
+    out: Path, tiny: TinyRecipe
+) -> None:
+    conditional, uniform = "network.conditional=true", "synthesize.labels.kind=uniform"
+    plain, chosen = Plan(tiny(conditional), out), Plan(tiny(conditional, uniform), out)
+    assert plain.synthesis_job.fingerprint != chosen.synthesis_job.fingerprint
+    assert plain.base_artifact == chosen.base_artifact
+    with pytest.raises(SimsError, match="needs a class-conditional network"):
+        Plan(tiny(uniform), out)
