@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from sims_ray.data.table import SampleTable
+from sims_ray.data.table import Samples, SampleTable, table_result, write_samples
 from sims_ray.errors import SimsError
+from sims_ray.storage.artifacts import Store
 from sims_ray.storage.checkpoints import load_tensors, save_tensors
 from sims_ray.studies.sims import SimsRun
 from tests.conftest import TinyRecipe
@@ -76,3 +78,21 @@ def test_a_missing_base_is_refused_before_any_work(out: Path, tiny: TinyRecipe) 
     with pytest.raises(SimsError, match="no checkpoint at nowhere"):
         SimsRun(tiny("train.checkpoint=nowhere.safetensors"), out)
     assert not out.exists()
+
+
+def test_a_base_of_latents_is_fine_tuned_on_its_own_latents_and_hands_on_how_they_are_decoded(
+    tmp_path: Path, out: Path, tiny: TinyRecipe
+) -> None:
+    path, table = tmp_path / "latent.safetensors", Store(tmp_path).artifact("import", {})
+    latents = {"vae": "a/vae", "scaling_factor": 0.2, "pixel_range": [-1, 1]}
+    card = {"role": "base", "network": {**SETTINGS, "img_channels": 4}, "nimg": 5, "latents": latents}
+    save_tensors(path, small_network(img_channels=4).state_dict(), card)
+    real = Samples(np.arange(8), np.zeros((8, 4, 8, 8), np.float16), np.full(8, -1, np.int32))
+    write_samples(table.path / "part.parquet", real, {})
+    table.commit({"part.parquet": {"rows": 8}}, table_result((4, 8, 8), real.labels, 8, "latent"))
+    run = SimsRun(tiny(f"train.checkpoint={path}", f"data.path={table.path}", "features.kind=pixels"), out)
+    run.finetune()
+    synthetic = SampleTable(run.plan.synthesis_job.set.folder)
+    assert synthetic.kind == "latent" and synthetic.head(96).images.dtype == np.float16
+    _, aux_card = load_tensors(run.plan.finetune_job(96).artifact.path / "ema-1kimg.safetensors")
+    assert aux_card["latents"] == synthetic.manifest["result"]["latents"] == latents
