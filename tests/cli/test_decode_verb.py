@@ -171,7 +171,7 @@ def test_latents_that_are_not_finite_are_named_by_their_seed(
     save_tensors(tmp_path / "nan.safetensors", weights, card)
     words = ("--base", tmp_path / "nan.safetensors", "--seed", "9", "--steps", "2")
     assert sims("sample", tmp_path / "o.png", *words) == 1
-    assert "the latent of seed 9 has values that are not finite" in refused(capsys)
+    assert "the image or latent of seed 9 has values that are not finite" in refused(capsys)
 
 
 def test_a_vae_of_other_channels_is_refused_before_sampling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
