@@ -225,7 +225,7 @@ def test_drivers_that_cut_a_set_differently_at_once_end_with_a_manifest_that_hol
 def test_images_that_are_not_finite_are_refused_with_the_seed_and_not_committed(base: Path, tmp_path: Path) -> None:
     aux = checkpoint(tmp_path / "aux.safetensors", 1)
     model = SimsModel.of(base, aux, 1e308)
-    one = synthesis_job(str(tmp_path / "set"), model, STEPS, range(3, 23))
+    one = synthesis_job(str(tmp_path / "set"), model, STEPS, range(3, 23), shard_nimg=20)
     with pytest.raises(SimsError, match="seed 3 has values that are not finite; take another sampler, or guide less"):
         synthesize([one], ALONE)
     assert not list((tmp_path / "set").glob("seeds-*"))
