@@ -196,3 +196,11 @@ def test_checking_a_file_gives_the_facts_that_its_maker_gave(tmp_path: Path) -> 
 def test_every_second_one_of_many_files_leaves_the_others_to_be_made(tmp_path: Path) -> None:
     names = [shard_name(seeds) for seeds in ranges(12_000 * 10, 10)]
     assert a_set(tmp_path).missing(names[::2], 120_000, 10) == ranges(120_000, 10)[1::2]
+
+
+def test_a_file_that_another_driver_removed_meanwhile_is_not_listed(tmp_path: Path) -> None:
+    target = a_set(tmp_path)
+    facts = put(target, *ranges(10, 5))
+    target.folder.delete(shard_name(range(5, 10)))
+    target.commit(facts)
+    assert len(SampleTable(tmp_path)) == 5 and target.complete(5) and not target.complete(10)
