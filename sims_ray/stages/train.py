@@ -11,7 +11,8 @@ from sims_ray.errors import SimsError
 from sims_ray.stages.cluster import as_sentence, own_interrupts, ray_folder, start_ray
 from sims_ray.stages.progress import Progress
 from sims_ray.stages.reading import Source, open_source
-from sims_ray.stages.train_loop import FAILURE, KIMG, TrainJob, snapshot_name, train_loop
+from sims_ray.stages.train_job import KIMG, TrainJob, snapshot_name
+from sims_ray.stages.train_loop import FAILURE, train_loop
 from sims_ray.stages.training_log import METRICS, read_metrics
 from sims_ray.storage.checkpoints import newest_nimg
 from sims_ray.storage.posthoc import PATTERN

@@ -15,7 +15,7 @@ from sims_ray.diffusion.labels import check_labels
 from sims_ray.errors import SimsError
 from sims_ray.stages.evaluate import Evaluation
 from sims_ray.stages.synthesize import SynthesisJob
-from sims_ray.stages.train_loop import TrainJob, snapshot_name
+from sims_ray.stages.train_job import TrainJob, snapshot_name
 from sims_ray.stages.tune import Trial
 from sims_ray.storage.artifacts import FINGERPRINT_CHARS, Artifact, Store, fingerprint, sha256_file
 from sims_ray.storage.folders import Folder, absolute

@@ -25,7 +25,7 @@ from sims_ray.stages.features import make_features
 from sims_ray.stages.synthesize import synthesize
 from sims_ray.stages.tracking import TrackedRun, Tracker
 from sims_ray.stages.train import train
-from sims_ray.stages.train_loop import TrainJob
+from sims_ray.stages.train_job import TrainJob
 from sims_ray.stages.training_log import METRICS, read_metrics
 from sims_ray.stages.tune import Trial, tune
 from sims_ray.storage.artifacts import Artifact, adopt, fingerprint, write_json

@@ -12,7 +12,7 @@ from sims_ray.diffusion.order import InMemory, Rows
 from sims_ray.diffusion.training import Training
 from sims_ray.errors import SimsError
 from sims_ray.stages.train import train
-from sims_ray.stages.train_loop import TrainJob
+from sims_ray.stages.train_job import TrainJob
 from sims_ray.stages.training_log import read_metrics
 from sims_ray.stages.training_set import TrainingSet
 from sims_ray.storage.checkpoints import load_tensors
