@@ -13,13 +13,13 @@ import copy
 import time
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from sims_ray.config import preset_network, presets
 from sims_ray.diffusion.evaluations import Denoiser
 from sims_ray.diffusion.guidance import guidance_interval, shared_encoder_guidance, sims_guidance
 from sims_ray.diffusion.noise import SeedStreams
 from sims_ray.diffusion.sampler import Sampled, heun_sampler, sigma_schedule
+from sims_ray.nn.flops import flop_counter
 from sims_ray.nn.merge import merge
 from sims_ray.nn.networks import build_network, decoder_parameters
 from sims_ray.nn.precond import Precond
@@ -87,7 +87,7 @@ def main() -> None:
     rows = [("variant", "NFE", "GFLOP/image", "ratio", "s/image", "time ratio")]
     flops = {}
     for name, denoiser in denoisers.items():
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             _, sampled = sample(denoiser)
         flops[name] = counter.get_total_flops() / options.batch / 1e9
         rows.append(

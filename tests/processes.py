@@ -31,3 +31,21 @@ def end(mark: str) -> None:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             continue
+
+
+def titled(mark: str, title: str) -> list[int]:
+    """Processes under this mark whose title starts so, like Ray's actors of a class: 'ray::RayTrainWorker'."""
+    found = []
+    for pid in marked(mark):
+        try:
+            if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(title.encode()):
+                found.append(pid)
+        except OSError:
+            continue
+    return sorted(found)
+
+
+def parent(pid: int) -> int:
+    """The process that started another one."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("PPid:"))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 from collections.abc import Sequence
 
 import typer
 
-from sims_ray.cli import data, latents, models, stages, synthesis
+from sims_ray.cli import data, latents, models, plan, stages, synthesis
 from sims_ray.errors import SimsError
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
 INTERRUPTED = 130  # the shell's exit code after Ctrl-C
 
 app = typer.Typer(
@@ -22,6 +24,7 @@ app = typer.Typer(
 )
 app.add_typer(stages.app)
 app.add_typer(models.app)
+app.add_typer(plan.app)
 data.app.add_typer(synthesis.app)
 data.app.add_typer(latents.app)
 app.add_typer(data.app, name="data")
@@ -44,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         typer.echo(f"error: {error}", err=True)
         code = 1
     except OSError as error:
-        typer.echo(f"error: {error.filename or 'storage'}: {error.strerror or error}; make it accessible", err=True)
+        advice = "free space and run the same command again" if error.errno in FULL else "make it accessible"
+        typer.echo(f"error: {error.filename or 'storage'}: {error.strerror or error}; {advice}", err=True)
         code = 1
     except KeyboardInterrupt:
         code = INTERRUPTED

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,14 +13,26 @@ import yaml
 
 from sims_ray.cli.options import WorkersOption, workers_settings
 from sims_ray.config import builtin_recipes, load_recipe, presets
+from sims_ray.errors import SimsError
 
 app = typer.Typer()
+
+BUDGET = re.compile(r"(\d+|\d*\.\d+)(k|M)")
+KIMG = {"k": 1, "M": 1000}
 
 RecipeArg = Annotated[str, typer.Argument(help="Built-in recipe name or path of a YAML file.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Override a setting: section.key=value. Repeatable.")
 ]
 OutOption = Annotated[Path | None, typer.Option("--out", help="Output folder; default runs/<recipe name>.")]
+BudgetsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--budgets",
+        help="Fine-tuning budgets B in images, like 10k,20k,40k or 3.5M: a snapshot at each of one run; "
+        "sets finetune.budgets_kimg.",
+    ),
+]
 DryOption = Annotated[bool, typer.Option("--dry-run", help="List all stages and which are complete; change nothing.")]
 
 
@@ -29,10 +43,12 @@ def _run(
     dry_run: bool,
     workers: str | None,
     action: Callable[[Any], None],
+    budgets: str | None = None,
 ) -> None:
     """Open the run, then do the action, or with `dry_run` only list the stages."""
     of_workers = [f"compute.{name}={value}" for name, value in workers_settings(workers).items()]
-    settings = load_recipe(recipe, [*(overrides or []), *of_workers])
+    of_budgets = [] if budgets is None else [f"finetune.budgets_kimg={budgets_kimg(budgets)}"]
+    settings = load_recipe(recipe, [*(overrides or []), *of_workers, *of_budgets])
     from sims_ray.studies.sims import SimsRun
 
     run = SimsRun(settings, out or Path("runs") / settings.name)
@@ -42,9 +58,28 @@ def _run(
         action(run)
 
 
+def budgets_kimg(text: str) -> list[float]:
+    """Budgets in kimg from words like `10k,20k,3.5M`: k is a thousand images, M a million.
+
+    Raises:
+        SimsError: a word is no number with a unit, or is 0.
+    """
+    found = []
+    for word in text.split(","):
+        match = BUDGET.fullmatch(word.strip())
+        if match is None or not Decimal(match[1]):
+            raise SimsError(
+                f"--budgets {text}: {word.strip()!r} is not a number of images; write thousands with k and millions "
+                f"with M, like 10k,20k or 3.5M"
+            )
+        found.append(float(Decimal(match[1]) * KIMG[match[2]]))
+    return found
+
+
 @app.command(epilog="Example: sims run digits --out runs/digits --set tune.omega='[0,1,2]'")
 def run(
     recipe: RecipeArg,
+    budgets: BudgetsOption = None,
     set_: SetOption = None,
     out: OutOption = None,
     dry_run: DryOption = False,
@@ -55,7 +90,7 @@ def run(
     def action(run: Any) -> None:
         typer.echo(run.closing_words(run.report()))
 
-    _run(recipe, set_, out, dry_run, workers, action)
+    _run(recipe, set_, out, dry_run, workers, action, budgets)
 
 
 @app.command(epilog="Example: sims train digits --set train.duration_kimg=50")
@@ -82,9 +117,10 @@ def synthesize(
     _run(recipe, set_, out, dry_run, workers, lambda run: _say(run.synthesize(), run.plan.synthesis_job.set.folder))
 
 
-@app.command(epilog="Example: sims finetune digits --set finetune.budgets_kimg='[10,20]'")
+@app.command(epilog="Example: sims finetune digits --budgets 20k,40k,80k")
 def finetune(
     recipe: RecipeArg,
+    budgets: BudgetsOption = None,
     set_: SetOption = None,
     out: OutOption = None,
     dry_run: DryOption = False,
@@ -97,7 +133,7 @@ def finetune(
         for n_s in run.recipe.tune.n_s:
             typer.echo(run.plan.finetune_job(n_s).artifact.path)
 
-    _run(recipe, set_, out, dry_run, workers, action)
+    _run(recipe, set_, out, dry_run, workers, action, budgets)
 
 
 @app.command(epilog="Example: sims evaluate digits --omega 1 --budget 40 --n-s 4000")
@@ -106,6 +142,7 @@ def evaluate(
     omega: Annotated[float, typer.Option(help="Guidance strength; 0 is the base, -1 the auxiliary.")] = 0.0,
     budget: Annotated[float | None, typer.Option(help="Fine-tuning budget B in kimg; default the largest.")] = None,
     n_s: Annotated[int | None, typer.Option("--n-s", help="Synthetic-set size; default the largest.")] = None,
+    budgets: BudgetsOption = None,
     set_: SetOption = None,
     out: OutOption = None,
     dry_run: DryOption = False,
@@ -117,12 +154,13 @@ def evaluate(
         for block, result in enumerate(run.measure(*run.plan.cell(omega, budget, n_s))):
             typer.echo(f"block {block}: {result['metric']} = {result['distance']:.3f}")
 
-    _run(recipe, set_, out, dry_run, workers, action)
+    _run(recipe, set_, out, dry_run, workers, action, budgets)
 
 
 @app.command(epilog="Example: sims tune digits --set tune.omega='[0,0.5,1,2]'")
 def tune(
     recipe: RecipeArg,
+    budgets: BudgetsOption = None,
     set_: SetOption = None,
     out: OutOption = None,
     dry_run: DryOption = False,
@@ -137,19 +175,20 @@ def tune(
             f"{selected['metric']} = {selected['distance']:.3f} on the selection seeds"
         )
 
-    _run(recipe, set_, out, dry_run, workers, action)
+    _run(recipe, set_, out, dry_run, workers, action, budgets)
 
 
 @app.command(epilog="Example: sims report digits")
 def report(
     recipe: RecipeArg,
+    budgets: BudgetsOption = None,
     set_: SetOption = None,
     out: OutOption = None,
     dry_run: DryOption = False,
     workers: WorkersOption = None,
 ) -> None:
     """Measure the selected model on fresh seeds and write report.html (makes what is missing)."""
-    run(recipe, set_, out, dry_run, workers)
+    run(recipe, budgets, set_, out, dry_run, workers)
 
 
 @app.command(epilog="Example: sims config digits --set train.lr=1e-3")

@@ -122,15 +122,15 @@ class SeedSettings(Settings):
 
 
 class ComputeSettings(Settings):
-    """Where the work runs; changes what is computed by float rounding only (precision: of its dtype), and by the masks
-    of dropout."""
+    """Where the work runs; changes what is computed by float rounding only (precision: of its dtype)."""
 
     num_workers: Annotated[int, Field(ge=0)] = Field(2, description="training workers and sampling actors; 0: no Ray")
     cpus_per_worker: Positive = 1
     gpus_per_worker: NonNegative = 0
     max_workers: Count | None = Field(
-        None, description="sampling actors that an autoscaling cluster may grow to; null: num_workers"
+        None, description="workers and actors that an autoscaling cluster may grow to; null: num_workers"
     )
+    resize_s: Positive = Field(60, description="with max_workers: seconds between looks whether training can grow")
     sampling_batch: Count | None = Field(
         None, description="images sampled at once; null: as many as a GPU's memory holds, 250 on a CPU"
     )
@@ -140,7 +140,14 @@ class ComputeSettings(Settings):
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="dtype of the network; auto: network.precision on a GPU, float32 on a CPU"
     )
+    training_micro_batch: Count | None = Field(
+        None, description="images per pass in training; null: as many as a GPU's memory holds, the share on a CPU"
+    )
+    channels_last: bool | None = Field(None, description="memory format of images in training; null: on a GPU")
     compile: bool = Field(False, description="compile the network for sampling; pays off on a GPU")
+    compile_training: Literal["auto", "off", "blocks", "whole"] = Field(
+        "auto", description="what torch.compile gets in training; auto: the blocks, on a GPU and in long runs"
+    )
     max_failures: Annotated[int, Field(ge=-1)] = Field(3, description="restarts after lost workers; -1: no limit")
     dashboard: bool = Field(False, description="serve the Ray dashboard of a local cluster")
     object_store_mb: Annotated[int, Field(ge=80)] | None = Field(
@@ -154,6 +161,24 @@ class ComputeSettings(Settings):
                 f"max_workers={self.max_workers} is below num_workers={self.num_workers}; raise it, or leave it out"
             )
         return self
+
+    def check_batch(self, name: str, batch_size: int) -> None:
+        """Make sure that a global batch can be shared among the training workers.
+
+        Raises:
+            ValueError: it does not divide by a fixed number of them, or is smaller than the most there may be.
+        """
+        least, most = self.sampling_workers
+        if least == most and batch_size % max(least, 1):
+            raise ValueError(f"{name}={batch_size} must divide by compute.num_workers={least}; change either")
+        if batch_size < most:
+            raise ValueError(f"{name}={batch_size} is below compute.max_workers={most}; change either")
+
+    @property
+    def training_workers(self) -> int | tuple[int, int]:
+        """Training workers, or the least and the most of them."""
+        least, most = self.sampling_workers
+        return (least, most) if 0 < least < most else least
 
     @property
     def sampling_workers(self) -> tuple[int, int]:
@@ -189,12 +214,8 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        workers = max(self.compute.num_workers, 1)
         for name, stage in (("train", self.train), ("finetune", self.finetune)):
-            if stage.batch_size % workers:
-                raise ValueError(
-                    f"{name}.batch_size={stage.batch_size} must divide by compute.num_workers={workers}; change either"
-                )
+            self.compute.check_batch(f"{name}.batch_size", stage.batch_size)
             if stage.augment and self.network.architecture == "edm2":
                 raise ValueError(f"{name}.augment={stage.augment:g}: edm2 is not told augmentations; set it to 0")
         self.seed_ledger()
@@ -207,11 +228,12 @@ class Recipe(Settings):
             ValueError: two ranges overlap, or one passes the limit.
         """
         report_nimg = self.evaluate.n_images * self.evaluate.blocks
+        distances = (stage.preview_distance_nimg or 0 for stage in (self.train, self.finetune))
         sizes = {
             "synthesis": max(self.tune.n_s),
             "selection": self.tune.n_images,
             "report": report_nimg,
-            "preview": self.seeds.preview_nimg,
+            "preview": max(self.seeds.preview_nimg, *distances),
         }
         ledger = {use: range(getattr(self.seeds, use), getattr(self.seeds, use) + n) for use, n in sizes.items()}
         in_order = sorted(ledger.items(), key=lambda item: item[1].start)

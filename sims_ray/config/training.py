@@ -37,6 +37,7 @@ class OptimizerSettings(Settings):
     lr_decay_kimg: NonNegative = Field(0, description="lr falls as 1/sqrt(images) from here on (EDM2); 0: constant")
     adam_beta2: Probability = Field(0.999, description="decay of Adam's second moment (EDM2: 0.99)")
     gradient_limit: NonNegative = Field(1e5, description="infinite gradients become this large (EDM2: 0)")
+    gradient_clip: NonNegative = Field(0, description="longest gradient, as the norm over all parameters; 0: any")
     loss_scale: Positive = Field(1.0, description="factor of the loss, against underflow in float16 (ADM: 100)")
     augment: Probability = Field(0.0, description="probability of each of EDM's augmentations, told to the network")
     ema_halflife_kimg: Positive = Field(500, description="half-life of the weight average")
@@ -51,6 +52,17 @@ class OptimizerSettings(Settings):
     seed: Seed = Field(0, description="seed of initial weights, data order and training noise")
     checkpoint_kimg: Positive = Field(1_000, description="images between resumable checkpoints")
     log_kimg: Positive = Field(50, description="images between progress lines")
+    preview_kimg: Positive | None = Field(
+        None, description="images between previews, sampled while training goes on; null: none"
+    )
+    preview_distance_nimg: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="images per preview that a distance to the real ones is measured on; null: no distance"
+    )
+
+    @property
+    def shows_distance(self) -> bool:
+        """Whether previews are measured."""
+        return self.preview_kimg is not None and self.preview_distance_nimg is not None
 
     @model_validator(mode="after")
     def _distinct_averages(self) -> Self:
@@ -69,8 +81,15 @@ class TrainSettings(OptimizerSettings):
 
 
 class FinetuneSettings(OptimizerSettings):
-    """Auxiliary fine-tuning from the base's EMA weights on synthetic images only; fresh Adam state."""
+    """Auxiliary fine-tuning on synthetic images only: by default from the base's EMA weights, Adam anew."""
 
+    start: Literal["ema", "weights"] = Field(
+        "ema", description="start from the base's EMA weights, or from those that its training ended with"
+    )
+    reset_optimizer: bool = Field(True, description="Adam starts anew; false: it goes on with the base's moments")
+    dropout: Probability | None = Field(
+        None, description="dropout of the auxiliary's training; null: network.dropout; sampling has none"
+    )
     budgets_kimg: tuple[Positive, ...] = Field(min_length=1, description="budgets B: a snapshot at each, one run")
     ema_rampup_ratio: Positive | None = None
     trainable: Literal["all", "decoder"] = Field(

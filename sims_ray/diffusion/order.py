@@ -143,13 +143,18 @@ class Share:
 
     def positions(self, nimg: int) -> range:
         """Places in the order that the worker's slice of the step at `nimg` images seen takes."""
-        per_worker = self.batch_size // self.world_size
-        return range(nimg + self.rank * per_worker, nimg + (self.rank + 1) * per_worker)
+        share = share_of(self.batch_size, self.rank, self.world_size)
+        return range(nimg + share.start, nimg + share.stop)
 
     def rows(self, nimg: int) -> NDArray[np.int64]:
-        """Row numbers of the worker's slice: int64 [batch_size / world_size]."""
+        """Row numbers of the worker's slice: int64 [size of the slice]."""
         positions = self.positions(nimg)
         return self.order.rows(positions.start, len(positions))
+
+
+def share_of(batch_size: int, rank: int, world_size: int) -> range:
+    """Places in the global batch that a worker computes; shares differ by one image where the batch does not divide."""
+    return range(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
 
 
 class Rows(NamedTuple):

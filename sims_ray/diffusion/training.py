@@ -1,8 +1,7 @@
 """One training run: its state, and a step that any number of workers compute alike.
 
-Progress is counted in images seen. Noise and augmentation of a step are drawn for the whole global batch from
-(seed, nimg) and sliced, so the number of workers never enters the mathematics. Dropout masks are the
-exception: each worker draws those of its own slice.
+Progress is counted in images seen. What a step is given is drawn for the whole global batch from (seed, nimg) and
+sliced, dropout masks included, so the number of workers and the micro-batch never enter the mathematics.
 """
 
 from __future__ import annotations
@@ -10,84 +9,23 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sims_ray.diffusion.augment import AUGMENT_DIM, augment, draw_augmentation
-from sims_ray.diffusion.loss import DenoisingLoss, draw_noise
-from sims_ray.diffusion.noise import step_generator, to_device
+from sims_ray.diffusion.loss import DenoisingLoss
+from sims_ray.diffusion.optimization import Optimization
 from sims_ray.diffusion.order import TrainingData
-from sims_ray.nn.ema import ema_beta, power_beta, update_ema
-from sims_ray.nn.networks import trainable_parameters
+from sims_ray.diffusion.steps import StepInputs, Steps
+from sims_ray.nn.dropout import set_dropout_keys
+from sims_ray.nn.ema import update_ema
+from sims_ray.nn.networks import BLOCKS, trainable_parameters
 from sims_ray.nn.precond import Precond
 
 ADAM_EPS = 1e-8
-EMA = "ema"
-
-
-@dataclass(frozen=True)
-class Optimization:
-    """What a step depends on, counts in images.
-
-    Attributes:
-        batch_size: global batch.
-        lr: Adam learning rate after the ramp.
-        lr_rampup_nimg: images of linear ramp from 0.
-        ema_halflife_nimg: half-life of the weight average.
-        ema_rampup_ratio: half-life over images seen while training is young; None for none.
-        P_mean, P_std: ln sigma ~ N(P_mean, P_std^2).
-        seed: seed of data order and noise.
-        lr_decay_nimg: images after which the learning rate falls as 1 / sqrt(images); 0 for never.
-        adam_betas: decay of Adam's moments.
-        ema_stds: relative widths of power-function averages, which then take the place of the half-life.
-        gradient_limit: infinite gradients become this large, NaN becomes zero (EDM: 1e5; EDM2: 0).
-        loss_scale: factor of the loss, against underflow in float16; Adam does not depend on it.
-        augment: probability of each of EDM's augmentations; 0 for none.
-        trainable: 'all', or 'decoder' for an auxiliary that shares the base's encoder.
-        trainable_resolution: with 'decoder', its layers below this resolution are shared as well.
-    """
-
-    batch_size: int
-    lr: float
-    lr_rampup_nimg: float
-    ema_halflife_nimg: float
-    ema_rampup_ratio: float | None
-    P_mean: float
-    P_std: float
-    seed: int
-    lr_decay_nimg: float = 0
-    adam_betas: tuple[float, float] = (0.9, 0.999)
-    ema_stds: tuple[float, ...] = ()
-    gradient_limit: float = 1e5
-    loss_scale: float = 1.0
-    augment: float = 0.0
-    trainable: str = "all"
-    trainable_resolution: int = 0
-
-    def learning_rate(self, nimg: int) -> float:
-        """Learning rate of the step that starts at `nimg` images seen (EDM2, arXiv 2312.02696, eq. 67)."""
-        lr = self.lr
-        if self.lr_decay_nimg:
-            lr /= max(nimg / self.lr_decay_nimg, 1) ** 0.5
-        return lr * min(nimg / self.lr_rampup_nimg, 1) if self.lr_rampup_nimg else lr
-
-    @property
-    def averages(self) -> dict[str, float | None]:
-        """The weight averages by name, with their relative width; None for the one with a half-life."""
-        return {f"{EMA}-{std:.3f}": std for std in self.ema_stds} or {EMA: None}
-
-    def ema_decay(self, std: float | None, nimg: int) -> float:
-        """Decay of one average in the step that starts at `nimg` images seen."""
-        if std is not None:
-            return power_beta(std, nimg + self.batch_size, self.batch_size)
-        return ema_beta(nimg, self.batch_size, self.ema_halflife_nimg, self.ema_rampup_ratio)
 
 
 class Training:
@@ -98,7 +36,11 @@ class Training:
         settings: what a step depends on.
         data: this worker's slices of the global batches: uint8 images or float16 latents, on the host.
         rank, world_size: which slice of the global batch that is.
+        channels_last: keep images and weights in that memory format, which the kernels of GPUs prefer.
         wrap: turns the module that computes the loss into one whose backward pass averages gradients (DDP).
+
+    Raises:
+        ValueError: the batch has fewer images than there are workers.
     """
 
     def __init__(
@@ -110,16 +52,17 @@ class Training:
         device: torch.device,
         rank: int = 0,
         world_size: int = 1,
+        channels_last: bool = False,
         wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
     ) -> None:
-        if settings.batch_size % world_size:
-            raise ValueError(f"batch_size {settings.batch_size} does not divide by {world_size} workers; change either")
+        if settings.batch_size < world_size:
+            raise ValueError(f"batch_size {settings.batch_size} is too small for {world_size} workers; change either")
+        self._format = torch.channels_last if channels_last else torch.contiguous_format
+        net.to(memory_format=self._format)  # type: ignore[call-overload]
         self.net, self.settings, self.device = net, settings, device
-        self._data = data
+        self.micro_batch: int | None = None  # most images per pass, whose gradients add up; None for all at once
         self._world_size = world_size
-        self._rank = rank
-        per_worker = settings.batch_size // world_size
-        self._slice = slice(rank * per_worker, (rank + 1) * per_worker)
+        self._steps = Steps(data, settings, net, device, rank, world_size)
         self.averages = {name: copy.deepcopy(net).eval().requires_grad_(False) for name in settings.averages}
         self._parameters = _train_only(
             net, trainable_parameters(net, settings.trainable, settings.trainable_resolution)
@@ -128,7 +71,8 @@ class Training:
             self._parameters, lr=settings.lr, betas=settings.adam_betas, eps=ADAM_EPS, fused=True
         )
         self.nimg = 0
-        self._loss = wrap(DenoisingLoss(net.train()))
+        self._module = DenoisingLoss(net.train())
+        self._loss = wrap(self._module)
         self._losses = torch.zeros(2, dtype=torch.float64, device=device)  # sum and number of the finite ones
 
     @property
@@ -139,56 +83,68 @@ class Training:
     def step(self) -> None:
         """Train on the next global batch; nothing here waits for the device."""
         s = self.settings
-        images, labels, weights = self._batch()
-        images, augment_labels = self._augment(images)
-        draws = draw_noise(self._generator("noise"), s.batch_size, tuple(images.shape[1:]), s.P_mean, s.P_std)
-        sigma, noise = (to_device(draw[self._slice], self.device) for draw in draws)
-        torch.manual_seed(self._generator(f"dropout{self._rank}").initial_seed())
-
-        losses = self._loss(images, sigma, noise, labels, augment_labels)
-        if weights is not None:
-            losses = losses * weights
         self.optimizer.zero_grad(set_to_none=True)
-        (losses.mean() * s.loss_scale).backward()
+        losses = self._backward(self._steps.at(self.nimg))
         self._apply_gradients()
         for std, average in zip(s.averages.values(), self.averages.values(), strict=True):
             update_ema(average, self.net, s.ema_decay(std, self.nimg))
         self.nimg += s.batch_size
-        finite = losses.detach().isfinite()
-        self._losses += torch.stack([losses.detach().where(finite, 0).sum(), finite.sum()])
+        finite = losses.isfinite()
+        self._losses += torch.stack([losses.where(finite, 0).sum(), finite.sum()])
 
-    def _batch(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Images as the network sees them, labels [B, K] and weights [B] of the next step, on the device."""
+    def compile(self, what: str) -> None:
+        """Compile the residual 'blocks' or the 'whole' network on their next use, or nothing: 'off'."""
+        if what == "whole":
+            self._module.compile(dynamic=False)
+        blocks = [module for module in self.net.modules() if what == "blocks" and isinstance(module, BLOCKS)]
+        limits = torch._dynamo.config  # blocks share their code: each shape counts as another version of it
+        limits.recompile_limit = max(limits.recompile_limit, 4 * len(blocks))
+        for module in blocks:
+            module.compile(dynamic=False)
 
-        def moved(column: NDArray[Any]) -> Tensor:
-            return to_device(torch.from_numpy(column), self.device)
+    def warm_up(self, shape: tuple[int, ...], num_images: int) -> None:
+        """Forward and backward passes on blank images [C, H, W], without effect; every worker must call it.
 
-        rows = self._data.batch(self.nimg)
-        images = moved(rows.images).to(torch.float32)
-        if rows.images.dtype == np.uint8:  # latents come as they are
-            images = images / 127.5 - 1
-        labels = None
-        if rows.labels is not None:
-            labels = F.one_hot(moved(rows.labels).to(torch.int64), self.net.label_dim).to(torch.float32)
-        return images, labels, None if rows.weights is None else moved(rows.weights)
+        Kernels are chosen and compiled now. DDP sums gradients in another order in its first step than in later ones:
+        with this behind it, a run that goes on sums in the order of one that never stopped.
+        """
+        kept = {name: value.clone() for name, value in self.net.state_dict().items()}
+        for _ in range(2):  # the second pass is the first in the final order
+            self._backward(self._steps.blank(num_images, shape))
+            self.optimizer.zero_grad(set_to_none=True)
+        self.net.load_state_dict(kept)  # EDM2's networks normalise their weights in a forward pass
 
-    def _generator(self, stream: str) -> torch.Generator:
-        return step_generator(self.settings.seed, self.nimg, stream)
+    def _backward(self, inputs: StepInputs) -> Tensor:
+        """Add up the gradients of this worker's slice; returns the loss of each image, [B]."""
+        scale = self.settings.loss_scale * self._world_size / self.settings.batch_size  # DDP averages over workers
+        parts = list(inputs.parts(self.micro_batch))
+        losses = []
+        for number, part in enumerate(parts, 1):
+            with nullcontext() if number == len(parts) else self._apart():
+                losses.append(self._loss_of(part))
+                (losses[-1].sum() * scale).backward()  # type: ignore[no-untyped-call]
+        return torch.cat(losses).detach()
 
-    def _augment(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        if not self.settings.augment:  # a network that is told augmentations is told that there are none
-            told = getattr(self.net.network, "map_augment", None) is not None
-            return images, torch.zeros(len(images), AUGMENT_DIM, device=self.device) if told else None
-        a = draw_augmentation(self._generator("augment"), self.settings.batch_size, self.settings.augment)
-        return augment(images, to_device(a[self._slice], self.device))
+    def _apart(self) -> AbstractContextManager[Any]:
+        """Backward passes in here are not averaged over the workers yet."""
+        no_sync: Callable[[], AbstractContextManager[Any]] = getattr(self._loss, "no_sync", nullcontext)
+        return no_sync()
+
+    def _loss_of(self, part: StepInputs) -> Tensor:
+        set_dropout_keys(self.net, part.dropout_keys)
+        images, noise = (x.contiguous(memory_format=self._format) for x in (part.images, part.noise))
+        losses: Tensor = self._loss(images, part.sigma, noise, part.labels, part.augment_labels)
+        return losses if part.weights is None else losses * part.weights
 
     def _apply_gradients(self) -> None:
-        limit = self.settings.gradient_limit
+        s = self.settings
         for parameter in self._parameters:
             if parameter.grad is not None:
-                torch.nan_to_num(parameter.grad, 0.0, limit, -limit, out=parameter.grad)
+                torch.nan_to_num(parameter.grad, 0.0, s.gradient_limit, -s.gradient_limit, out=parameter.grad)
+        if s.gradient_clip:
+            nn.utils.clip_grad_norm_(self._parameters, s.gradient_clip, foreach=True)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate(self.nimg)
+            group["lr"] = s.learning_rate(self.nimg)
         self.optimizer.step()
 
     def check_same_start(self) -> None:
@@ -223,17 +179,27 @@ class Training:
             tensors |= {f"adam.{name}.{k}": v for k, v in self.optimizer.state.get(parameter, {}).items()}
         return tensors
 
+    def load_moments(self, tensors: dict[str, Tensor]) -> None:
+        """Go on with Adam's moments of another run, named as in `state`; a parameter that has none begins anew."""
+        for name, parameter in self.net.named_parameters():
+            moments = _with_prefix(tensors, f"adam.{name}.")
+            if parameter.requires_grad and moments:
+                self.optimizer.state[parameter] = {k: _like(v, parameter) for k, v in moments.items()}
+
     def load_state(self, tensors: dict[str, Tensor], nimg: int) -> None:
         """Go on from what `state` returned at `nimg` images seen."""
         self.net.load_state_dict(_with_prefix(tensors, "net."))
         for average, ema in self.averages.items():
             ema.load_state_dict(_with_prefix(tensors, f"{average}."))
-        for name, parameter in self.net.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            moments = _with_prefix(tensors, f"adam.{name}.")
-            self.optimizer.state[parameter] = {k: v.to(self.device, copy=True) for k, v in moments.items()}
+        self.load_moments(tensors)
         self.nimg = nimg
+
+
+def _like(moment: Tensor, parameter: nn.Parameter) -> Tensor:
+    """A copy where the parameter is, in its memory format."""
+    if moment.shape != parameter.shape:  # the count of steps
+        return moment.to(parameter.device, copy=True)
+    return torch.empty_like(parameter, dtype=moment.dtype).copy_(moment)
 
 
 def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

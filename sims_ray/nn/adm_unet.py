@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sims_ray.nn.embeddings import PositionalEmbedding, drop_labels
+from sims_ray.nn.embeddings import PositionalEmbedding
 from sims_ray.nn.layers import (
     ZERO,
     BlockStyle,
@@ -41,7 +41,7 @@ class DhariwalUNet(nn.Module):
         num_blocks: residual blocks per resolution.
         attn_resolutions: resolutions with self-attention.
         dropout: dropout probability inside the residual blocks.
-        label_dropout: share of labels zeroed in training, for classifier-free guidance.
+        label_dropout: share of labels that training zeroes, for classifier-free guidance.
         channels_per_head: attention width.
     """
 
@@ -95,7 +95,7 @@ class DhariwalUNet(nn.Module):
             emb = emb + self.map_augment(augment_labels)
         emb = self.map_layer1(F.silu(self.map_layer0(emb)))
         if self.map_label is not None and labels is not None:
-            emb = emb + self.map_label(drop_labels(labels, self.label_dropout, self.training))
+            emb = emb + self.map_label(labels)
         return F.silu(emb)
 
     def encode(

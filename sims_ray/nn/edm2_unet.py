@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sims_ray.nn.embeddings import drop_labels
+from sims_ray.nn.dropout import ImageDropout
 from sims_ray.nn.layers import Encoded, num_heads
 from sims_ray.nn.layout import Layer, unet_layout
 from sims_ray.nn.mp_layers import MPConv, MPFourier, mp_cat, mp_silu, mp_sum, normalize
@@ -57,7 +57,7 @@ class Block(nn.Module):
         clip_act: float | None = 256,
     ) -> None:
         super().__init__()
-        self.flavor, self.resample, self.dropout = flavor, resample, dropout
+        self.flavor, self.resample, self.dropout = flavor, resample, ImageDropout(dropout)
         self.res_balance, self.attn_balance, self.clip_act = res_balance, attn_balance, clip_act
         self.num_heads = num_heads(out_channels, channels_per_head) if attention else 0
         self.emb_gain = nn.Parameter(torch.zeros([]))
@@ -87,7 +87,7 @@ class Block(nn.Module):
         y = self.conv_res0(mp_silu(x))
         c = self.emb_linear(emb, gain=self.emb_gain) + 1
         y = mp_silu(y * c[:, :, None, None].to(y.dtype))
-        y = self.conv_res1(F.dropout(y, self.dropout, self.training))
+        y = self.conv_res1(self.dropout(y))
         if self.flavor == "dec" and self.conv_skip is not None:
             x = self.conv_skip(x)
         x = mp_sum(x, y, self.res_balance)
@@ -111,7 +111,7 @@ class EDM2UNet(nn.Module):
         attn_resolutions: resolutions with self-attention.
         label_balance: share of the class embedding against the noise embedding.
         concat_balance: share of the skip connections against the main path.
-        label_dropout: share of labels zeroed in training, for classifier-free guidance.
+        label_dropout: share of labels that training zeroes, for classifier-free guidance.
         channels_per_head, dropout, res_balance, attn_balance, clip_act: as in `Block`.
     """
 
@@ -168,8 +168,7 @@ class EDM2UNet(nn.Module):
         """Embed c_noise [B] and labels [B, K] into [B, emb_channels]."""
         emb: Tensor = self.emb_noise(self.emb_fourier(c_noise))
         if self.emb_label is not None and labels is not None:
-            labels = drop_labels(labels, self.label_dropout, self.training) * math.sqrt(self.label_dim)
-            emb = mp_sum(emb, self.emb_label(labels), self.label_balance)
+            emb = mp_sum(emb, self.emb_label(labels * math.sqrt(self.label_dim)), self.label_balance)
         return mp_silu(emb)
 
     def encode(

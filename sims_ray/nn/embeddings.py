@@ -1,4 +1,4 @@
-"""Embeddings of the noise level, and labels hidden in training."""
+"""Embeddings of the noise level."""
 
 from __future__ import annotations
 
@@ -39,11 +39,3 @@ class FourierEmbedding(nn.Module):
         """Embed c_noise [B]."""
         angles = x.to(torch.float32).outer(2 * math.pi * self.freqs)
         return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-
-def drop_labels(labels: Tensor, probability: float, training: bool) -> Tensor:
-    """Zero a share of the one-hot labels [B, K] in training, so that the network also learns the marginal."""
-    if not (training and probability):
-        return labels
-    keep = torch.rand(labels.shape[0], 1, device=labels.device) >= probability
-    return labels * keep.to(labels.dtype)

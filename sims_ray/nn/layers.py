@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sims_ray.nn.dropout import ImageDropout
+
 CHANNELS_PER_GROUP = 4
 MAX_GROUPS = 32
 
@@ -222,6 +224,7 @@ class UNetBlock(nn.Module):
         self.conv0 = Conv2d(in_channels, out_channels, 3, **resample, init=style.init)  # type: ignore[arg-type]
         self.affine = Linear(emb_channels, out_channels * (2 if style.adaptive_scale else 1), init=style.init)
         self.norm1 = GroupNorm(out_channels, style.eps)
+        self.dropout = ImageDropout(style.dropout)
         self.conv1 = Conv2d(out_channels, out_channels, 3, init=style.init_zero)
         self.skip: Conv2d | None = None
         if in_channels != out_channels or up or down:
@@ -251,7 +254,7 @@ class UNetBlock(nn.Module):
             h = F.silu(torch.addcmul(shift, self.norm1(h), scale + 1))
         else:
             h = F.silu(self.norm1(h + affine))
-        h = self.conv1(F.dropout(h, self.style.dropout, self.training))
+        h = self.conv1(self.dropout(h))
         x = (h + (x if self.skip is None else self.skip(x))) * self.style.skip_scale
         if self.num_heads:
             x = (self._attend(x) + x) * self.style.skip_scale

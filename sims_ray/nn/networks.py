@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 from sims_ray.nn.adm_unet import DhariwalUNet
-from sims_ray.nn.edm2_unet import EDM2UNet
+from sims_ray.nn.edm2_unet import Block, EDM2UNet
+from sims_ray.nn.layers import UNetBlock
 from sims_ray.nn.precond import EDM2Precond, EDMPrecond, Precond
 from sims_ray.nn.song_unet import SongUNet
 
 UNCERTAINTY = "logvar_"
+BLOCKS = (UNetBlock, Block)  # what most of a network consists of
 ARCHITECTURES = ("song_unet", "adm_unet", "edm2_unet")
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sims_ray.nn.embeddings import FourierEmbedding, PositionalEmbedding, drop_labels
+from sims_ray.nn.embeddings import FourierEmbedding, PositionalEmbedding
 from sims_ray.nn.layers import (
     BlockStyle,
     Conv2d,
@@ -46,7 +46,7 @@ class SongUNet(nn.Module):
         num_blocks: residual blocks per resolution.
         attn_resolutions: resolutions with self-attention.
         dropout: dropout probability inside the residual blocks.
-        label_dropout: share of labels zeroed in training, for classifier-free guidance.
+        label_dropout: share of labels that training zeroes, for classifier-free guidance.
         embedding_type: 'positional' (DDPM++) or 'fourier' (NCSN++).
         channel_mult_noise: width of the noise embedding over the base width; 1 for DDPM++, 2 for NCSN++.
         encoder_type: 'standard' (DDPM++), 'residual' (NCSN++) or 'skip'.
@@ -135,7 +135,6 @@ class SongUNet(nn.Module):
         emb = self.map_noise(c_noise)
         emb = emb.unflatten(1, (2, -1)).flip(1).flatten(1)  # these checkpoints put sines before cosines
         if self.map_label is not None and labels is not None:
-            labels = drop_labels(labels, self.label_dropout, self.training)
             emb = emb + self.map_label(labels * math.sqrt(self.label_dim))
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)

@@ -39,8 +39,7 @@ def start_ray(compute: ComputeSettings) -> Any:
         os.environ.setdefault(name, value)
     import ray
 
-    for library in ("ray.data", "ray.tune", "ray.train"):
-        logging.getLogger(library).setLevel(logging.ERROR)
+    quiet_ray()
     if ray.is_initialized():
         return ray
     address = os.environ.get("RAY_ADDRESS")
@@ -62,6 +61,12 @@ def start_ray(compute: ComputeSettings) -> Any:
     )
     _check_gpus(ray, compute)
     return ray
+
+
+def quiet_ray() -> None:
+    """Keep what Ray's libraries tell of their work off the console; their errors reach the user as exceptions."""
+    for library in ("ray.data", "ray.tune", "ray.train"):
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def _check_gpus(ray: Any, compute: ComputeSettings) -> None:

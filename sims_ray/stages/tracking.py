@@ -170,6 +170,14 @@ class TrackedRun:
         else:
             client.attempt(lambda: client.client.log_artifact(self.run_id, str(path), folder))
 
+    def reopen(self, params: Mapping[str, Any]) -> None:
+        """Go on logging to a run that was finished, as what it is of is extended; adds parameters."""
+        if self.run_id is None or not self.finished:
+            return
+        self.finished = False
+        flat = {name: str(value)[:PARAM_CHARS] for name, value in flatten(params).items()}
+        self._tracker.attempt(lambda: [self._tracker.client.log_param(self.run_id, k, v) for k, v in flat.items()])
+
     def finish(self) -> None:
         """Mark the run as finished."""
         if self.run_id is not None and not self.finished:

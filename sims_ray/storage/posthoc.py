@@ -12,7 +12,8 @@ from torch import Tensor
 from sims_ray.errors import SimsError
 from sims_ray.nn.ema import posthoc_weights
 from sims_ray.nn.networks import describe_network, trainable_parameters
-from sims_ray.storage.checkpoints import load_tensors, read_card, save_tensors
+from sims_ray.storage.checkpoints import load_tensors, read_card
+from sims_ray.storage.training_states import save_patiently
 
 PATTERN = "average-*.safetensors"
 
@@ -26,7 +27,7 @@ def save_average(folder: Path, nimg: int, std: float, tensors: Mapping[str, Tens
     """Store one average in float16, as EDM2's releases do; buffers and what does not train keep their precision."""
     fixed = _fixed(card)
     halved = {name: t if name in fixed else t.to(torch.float16) for name, t in tensors.items()}
-    save_tensors(
+    save_patiently(
         average_path(folder, nimg, std), halved, {**card, "role": "average", "nimg": nimg, "ema": power_ema(std)}
     )
 

@@ -4,29 +4,43 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sims_ray.stages.train_job import TrainJob, budget_name
 from sims_ray.studies.plan import Plan
+
+COMPLETE, TO_DO = "complete", "to do"
 
 
 def stages_overview(plan: Plan) -> str:
     """One line per stage: what it makes, whether it is complete, and where it lies."""
-    rows = [("import", plan.inputs.digits.complete if plan.inputs.digits else True, str(plan.inputs.table))]
-    artifacts = [
-        ("features", plan.features),
-        ("train base" if plan.base_job else "base", plan.base_artifact),
-    ]
-    rows += [(name, artifact.complete, str(artifact.path)) for name, artifact in artifacts]
-    rows.append(("synthesize", plan.synthesis_job.complete, str(plan.synthesis_job.set.folder)))
-    artifacts = [(f"finetune n_s={n_s}", plan.finetune_job(n_s).artifact) for n_s in plan.recipe.tune.n_s]
-    rows += [(name, artifact.complete, str(artifact.path)) for name, artifact in artifacts]
+    rows = [("import", _word(plan.inputs.digits.complete if plan.inputs.digits else True), str(plan.inputs.table))]
+    rows.append(("features", _word(plan.features.complete), str(plan.features.path)))
+    if plan.base_job:
+        rows.append(_training("train base", plan.base_job))
+    else:
+        rows.append(("base", _word(plan.base_artifact.complete), str(plan.base_artifact.path)))
+    rows.append(("synthesize", _word(plan.synthesis_job.complete), str(plan.synthesis_job.set.folder)))
+    rows += [_training(f"finetune n_s={n_s}", plan.finetune_job(n_s)) for n_s in plan.recipe.tune.n_s]
     done = sum(trial.evaluation.artifact.complete for trial in plan.trials)
-    rows.append((f"sweep, {done} of {len(plan.trials)} trials", plan.sweep.complete, str(plan.sweep.path)))
+    rows.append((f"sweep, {done} of {len(plan.trials)} trials", _word(plan.sweep.complete), str(plan.sweep.path)))
     if plan.sweep.complete:
         measured = plan.report_evaluations(plan.sweep.result["selected"])
         evaluations = [e.artifact.complete for blocks in measured.values() for e in blocks]
-        rows.append((f"evaluate, {sum(evaluations)} of {len(evaluations)} blocks", all(evaluations), str(plan.out)))
+        name = f"evaluate, {sum(evaluations)} of {len(evaluations)} blocks"
+        rows.append((name, _word(all(evaluations)), str(plan.out)))
     else:
-        rows.append(("evaluate", False, "known after the sweep"))
-    return align([(name, "complete" if complete else "to do", where) for name, complete, where in rows])
+        rows.append(("evaluate", TO_DO, "known after the sweep"))
+    return align(rows)
+
+
+def _word(complete: bool) -> str:
+    return COMPLETE if complete else TO_DO
+
+
+def _training(name: str, job: TrainJob) -> tuple[str, str, str]:
+    """The row of a training: of one that is there in part, what is left to do."""
+    missing = job.missing_kimg
+    left = f": B={', '.join(map(budget_name, missing))} kimg" if job.artifact.complete else ""
+    return name, f"{TO_DO}{left}" if missing else COMPLETE, str(job.artifact.path)
 
 
 def result_table(summary: Mapping[str, Any]) -> str:

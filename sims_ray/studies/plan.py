@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from sims_ray.data.synthetic import STAGE, SyntheticSet
 from sims_ray.diffusion.labels import check_labels
 from sims_ray.errors import SimsError
 from sims_ray.stages.evaluate import Evaluation
+from sims_ray.stages.preview import Preview
 from sims_ray.stages.synthesize import SynthesisJob
-from sims_ray.stages.train_job import TrainJob, snapshot_name
+from sims_ray.stages.train_job import TrainJob
 from sims_ray.stages.tune import Trial
 from sims_ray.storage.artifacts import FINGERPRINT_CHARS, Artifact, Store, fingerprint, sha256_file
 from sims_ray.storage.folders import Folder, absolute
@@ -25,7 +26,9 @@ from sims_ray.studies.inputs import Inputs
 OWN_BASE = "base.safetensors"
 HALFLIFE = {"ema_halflife_kimg", "ema_rampup_ratio"}
 POWER_FUNCTION = {"ema_std", "ema_snapshot_kimg"}
-NOT_CONTENT = {"checkpoint_kimg", "log_kimg", "duration_kimg", "budgets_kimg", "checkpoint"}  # or told otherwise
+NOT_CONTENT = {"checkpoint_kimg", "log_kimg", "preview_kimg", "preview_distance_nimg"}
+TOLD_OTHERWISE = {"checkpoint"}
+BUDGETS = {"duration_kimg", "budgets_kimg"}  # how long is trained, which a training can be extended in
 
 
 def label_content(labels: LabelSettings) -> dict[str, Any]:
@@ -41,7 +44,8 @@ class Plan:
         out: output folder; artifacts lie under `out/artifacts`.
 
     Raises:
-        SimsError: the images or the synthetic labels do not fit the network, or there is no table at data.path.
+        SimsError: the images or the synthetic labels do not fit the network, there is no table at data.path, or
+            fine-tuning is to start from more than the user's base has.
     """
 
     def __init__(self, recipe: Recipe, out: Path) -> None:
@@ -51,6 +55,7 @@ class Plan:
         self.seeds = recipe.seed_ledger()
         self.inputs = Inputs(recipe, self.store)
         check_labels(label_content(recipe.synthesize.labels), self.inputs.network["label_dim"])
+        self._check_start()
 
     @cached_property
     def sampler(self) -> dict[str, Any]:
@@ -69,17 +74,17 @@ class Plan:
         settings = self.recipe.train
         if settings.checkpoint is not None:
             return None
-        budgets = (settings.duration_kimg,)
-        artifact = self.store.artifact("train", self._identity(settings, budgets), [self.inputs.data_fingerprint])
+        artifact = self.store.artifact("train", self._identity(settings), [self.inputs.data_fingerprint])
         return TrainJob(
             "base",
             artifact,
             self.inputs.network,
             settings,
-            budgets,
+            (settings.duration_kimg,),
             self.inputs.table,
             precision=self.inputs.precision,
             reading=self.recipe.data.reading,
+            preview=self._preview(settings),
         )
 
     @cached_property
@@ -95,7 +100,14 @@ class Plan:
         """The base checkpoint: EMA weights at the end of training, or the user's."""
         if self.base_job is None:
             return self.base_artifact.path / OWN_BASE
-        return self.base_artifact.path / snapshot_name(self.recipe.train.duration_kimg)
+        return self.base_job.snapshot(self.recipe.train.duration_kimg)
+
+    @cached_property
+    def base_fingerprint(self) -> str:
+        """What names the base checkpoint for all that is made from it: a training and how long it was, or a file."""
+        if self.base_job is None:
+            return self.base_artifact.fingerprint
+        return self.base_job.snapshot_fingerprint(self.recipe.train.duration_kimg)
 
     @cached_property
     def synthesis_job(self) -> SynthesisJob:
@@ -105,7 +117,7 @@ class Plan:
         if settings.labels.kind != "seed":
             content["labels"] = label_content(settings.labels)
         root = absolute(settings.root or self.store.root)
-        seeds, parents = self.seeds["synthesis"], (self.base_artifact.fingerprint,)
+        seeds, parents = self.seeds["synthesis"], (self.base_fingerprint,)
         target = self._set(root, STAGE, content, seeds, parents)
         return SynthesisJob(target, SimsModel.of(self.base), len(seeds), settings.shard_nimg)
 
@@ -113,9 +125,7 @@ class Plan:
         """Auxiliary fine-tuning on the first `n_s` rows of S, with a snapshot at each budget."""
         settings, synthetic = self.recipe.finetune, self.synthesis_job.set
         artifact = self.store.artifact(
-            "train",
-            self._identity(settings, settings.budgets_kimg, n_s=n_s),
-            [self.base_artifact, synthetic.fingerprint],
+            "train", self._identity(settings, n_s=n_s), [self.base_fingerprint, synthetic.fingerprint]
         )
         return TrainJob(
             "auxiliary",
@@ -128,13 +138,25 @@ class Plan:
             self.base,
             self.inputs.precision,
             self.recipe.data.reading,
+            self.base_job.end_state if self.base_job else None,
+            self._preview(settings),
         )
+
+    def _preview(self, settings: OptimizerSettings) -> Preview | None:
+        """What a training shows of itself while it runs."""
+        if settings.preview_kimg is None:
+            return None
+        wanted = settings.preview_distance_nimg
+        start, compute = self.recipe.seeds.preview, self.recipe.compute
+        seeds = range(start, start + (wanted or self.recipe.seeds.preview_nimg))
+        features = self.features.path if settings.shows_distance else None
+        return Preview(settings.preview_kimg, self.sampler, seeds, features, compute)
 
     def model(self, omega: float, budget_kimg: float | None, n_s: int | None) -> SimsModel:
         """The model at one point of the search space; the auxiliary is left out at omega 0."""
         if omega == 0 or budget_kimg is None or n_s is None:
             return SimsModel.of(self.base)
-        aux = self.finetune_job(n_s).artifact.path / snapshot_name(budget_kimg)
+        aux = self.finetune_job(n_s).snapshot(budget_kimg)
         interval = self.recipe.guidance
         return SimsModel.of(self.base, aux, omega, interval.sigma_lo, interval.sigma_hi)
 
@@ -204,24 +226,26 @@ class Plan:
         for name, cell in self.compared(selected).items():
             seeds, nimg = self.seeds["preview"], self.recipe.seeds.preview_nimg
             content, parents = self._content(*cell)
-            target = self._set(str(self.store.root), "preview", content, seeds, tuple(p.fingerprint for p in parents))
+            target = self._set(str(self.store.root), "preview", content, seeds, parents)
             jobs[name] = SynthesisJob(target, self.model(*cell), nimg, nimg)
         return jobs
 
     def _content(
         self, omega: float, budget_kimg: float | None, n_s: int | None
-    ) -> tuple[dict[str, Any], list[Artifact]]:
-        """What the images of a model depend on beside their seeds: settings, and the artifacts of its networks."""
+    ) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """What the images of a model depend on beside their seeds: settings, and the fingerprints of its networks."""
         settings: dict[str, Any] = {
             "sampler": self.sampler,
             "omega": omega,
             "budget": budget_kimg,
             **self._forced_precision,
         }
-        aux = [] if omega == 0 or n_s is None else [self.finetune_job(n_s).artifact]
+        aux = []
+        if omega != 0 and budget_kimg is not None and n_s is not None:
+            aux.append(self.finetune_job(n_s).snapshot_fingerprint(budget_kimg))
         if aux and omega != -1:  # the auxiliary alone is not guided
             settings["guidance"] = self.recipe.guidance.model_dump(mode="json")
-        return settings, [self.base_artifact, *aux]
+        return settings, (self.base_fingerprint, *aux)
 
     def _set(
         self, root: str, prefix: str, content: Mapping[str, Any], seeds: range, parents: tuple[str, ...]
@@ -231,11 +255,22 @@ class Plan:
         folder = Folder.at(root).child(name)
         return SyntheticSet(folder, settings, parents, self.inputs.shape, self.inputs.kind, self.inputs.latents)
 
-    def _identity(self, settings: OptimizerSettings, budgets: Sequence[float], **extra: Any) -> dict[str, Any]:
+    def _identity(self, settings: OptimizerSettings, **extra: Any) -> dict[str, Any]:
         unused = HALFLIFE if settings.ema_stds else POWER_FUNCTION
-        content = settings.model_dump(mode="json", exclude=NOT_CONTENT | unused)
+        content = settings.model_dump(mode="json", exclude=NOT_CONTENT | TOLD_OTHERWISE | BUDGETS | unused)
         precision = {"precision": self.inputs.precision, **self._forced_precision}
-        return {"network": self.inputs.network, "budgets_kimg": list(budgets), **precision, **content, **extra}
+        return {"network": self.inputs.network, **precision, **content, **extra}
+
+    def _check_start(self) -> None:
+        """The user's base is one checkpoint, without its training state."""
+        s, own = self.recipe.finetune, self.recipe.train.checkpoint
+        unknown = {"start=weights": s.start == "weights", "reset_optimizer=false": not s.reset_optimizer}
+        for setting, asked in unknown.items():
+            if own is not None and asked:
+                raise SimsError(
+                    f"finetune.{setting} needs the training state of a base that was trained here, but "
+                    f"train.checkpoint={own} has its EMA weights only; leave one of them out"
+                )
 
     @property
     def _forced_precision(self) -> dict[str, str]:

@@ -22,12 +22,15 @@ from sims_ray.errors import SimsError
 from sims_ray.report.page import write_report
 from sims_ray.stages.evaluate import Evaluation, evaluate
 from sims_ray.stages.features import make_features
+from sims_ray.stages.policy import policy_params
+from sims_ray.stages.preview import SHEETS, read_previews
 from sims_ray.stages.synthesize import synthesize
 from sims_ray.stages.tracking import TrackedRun, Tracker
 from sims_ray.stages.train import train
 from sims_ray.stages.train_job import TrainJob
 from sims_ray.stages.training_log import METRICS, read_metrics
 from sims_ray.stages.tune import Trial, tune
+from sims_ray.stages.unfinished import check_settings
 from sims_ray.storage.artifacts import Artifact, adopt, fingerprint, write_json
 from sims_ray.studies.console import closing_words, stages_overview
 from sims_ray.studies.plan import OWN_BASE, Plan
@@ -92,8 +95,11 @@ class SimsRun:
 
     def train_base(self) -> None:
         """Algorithm 1, step 1."""
+        self._check_settings([self.plan.base_job])
         self.import_data()
         if self.plan.base_job is not None:
+            if self.recipe.train.shows_distance:
+                self.make_features()
             self._train(self.plan.base_job, "train base")
             return
         source, artifact = Path(str(self.recipe.train.checkpoint)), self.plan.base_artifact
@@ -111,12 +117,17 @@ class SimsRun:
 
     def finetune(self) -> None:
         """Algorithm 1, step 3: an auxiliary per n_s, with a snapshot per budget."""
+        jobs = {n_s: self.plan.finetune_job(n_s) for n_s in self.recipe.tune.n_s}
+        self._check_settings([self.plan.base_job, *jobs.values()])
         self.synthesize()
-        for n_s in self.recipe.tune.n_s:
-            self._train(self.plan.finetune_job(n_s), f"finetune n_s={n_s}")
+        if self.recipe.finetune.shows_distance:
+            self.make_features()
+        for n_s, job in jobs.items():
+            self._train(job, f"finetune n_s={n_s}")
 
     def tune(self) -> dict[str, Any]:
         """The sweep over omega, B and n_s; returns the selected cell."""
+        self._check_settings([self.plan.base_job, *map(self.plan.finetune_job, self.recipe.tune.n_s)])
         self.make_features()  # first, because it is cheap and looks at the labels
         self.finetune()
         sweep = self.plan.sweep
@@ -200,12 +211,22 @@ class SimsRun:
     def _child(self, artifact: Artifact, name: str, params: Mapping[str, Any]) -> TrackedRun:
         return self.tracker.run(artifact.fingerprint, name, params, self.root)
 
+    def _check_settings(self, jobs: Sequence[TrainJob | None]) -> None:
+        """Before any work: no other training of these roles waits to be gone on with."""
+        for job in jobs:
+            if job is not None and not job.complete:
+                check_settings(job)
+
     def _train(self, job: TrainJob, label: str) -> None:
-        run = self._child(job.artifact, label, job.artifact.settings)
-        self._ensure(job.artifact, label, lambda: train(job, self.recipe.compute, lambda row: run.log([row])))
+        run = self._child(job.artifact, label, {**job.artifact.settings, "policy": policy_params(job)})
+        if not job.complete:
+            run.reopen({"policy": policy_params(job)})  # what was finished is extended
+        self._ensure(job, label, lambda: train(job, self.recipe.compute, lambda row: run.log([row])))
         if not run.finished:
             run.log(read_metrics(job.artifact.path))
-            run.log_file(job.artifact.path / METRICS)
+            run.log(read_previews(job.artifact.path))
+            for path in (job.artifact.path / METRICS, *sorted(job.artifact.path.glob(SHEETS))):
+                run.log_file(path)
             run.finish()
 
     def _log_evaluation(self, evaluation: Evaluation, name: str, params: Mapping[str, Any], parent: TrackedRun) -> None:

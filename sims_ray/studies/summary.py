@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from sims_ray.data.table import SampleTable
-from sims_ray.stages.training_log import read_metrics
 from sims_ray.studies.plan import Plan
 
 RESULT = "result.json"
@@ -15,9 +14,9 @@ RESULT = "result.json"
 
 def summarise(plan: Plan, selected: Mapping[str, Any]) -> dict[str, Any]:
     """Everything the report shows, as JSON values; `selected` is the cell that the sweep chose."""
-    losses = {"base": read_metrics(plan.base_artifact.path)} if plan.base_job else {}
+    losses = {"base": plan.base_job.log_rows()} if plan.base_job else {}
     for n_s in plan.recipe.tune.n_s:
-        losses[f"auxiliary n_s={n_s}"] = read_metrics(plan.finetune_job(n_s).artifact.path)
+        losses[f"auxiliary n_s={n_s}"] = plan.finetune_job(n_s).log_rows()
     return {
         "name": plan.recipe.name,
         "metric": plan.report_evaluations(selected)["base"][0].metric,

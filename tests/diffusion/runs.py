@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sims_ray.diffusion.optimization import Optimization
 from sims_ray.diffusion.order import InMemory, Rows, Share, TrainingOrder
-from sims_ray.diffusion.training import Optimization, Training
+from sims_ray.diffusion.training import Training
 from sims_ray.nn.precond import Precond
 from tests.networks import ARCHITECTURES, small_network
 

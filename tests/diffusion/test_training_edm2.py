@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sims_ray.config import presets
 from sims_ray.diffusion.loss import DenoisingLoss, draw_noise
-from sims_ray.diffusion.training import Optimization
+from sims_ray.diffusion.optimization import Optimization
 from sims_ray.nn.ema import power_exponent
 from sims_ray.nn.networks import build_network
 from sims_ray.nn.precond import Precond

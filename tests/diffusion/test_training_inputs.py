@@ -9,7 +9,8 @@ from torch import Tensor
 from sims_ray.diffusion.augment import augment, augment_label, draw_augmentation
 from sims_ray.diffusion.loss import DenoisingLoss, draw_noise
 from sims_ray.diffusion.noise import step_generator
-from sims_ray.diffusion.training import Optimization, Training
+from sims_ray.diffusion.optimization import Optimization
+from sims_ray.diffusion.training import Training
 from tests.diffusion.runs import (
     IMAGES,
     LABELS,

@@ -85,7 +85,7 @@ def test_each_budget_leaves_a_snapshot_that_equals_a_run_to_that_budget(tiny: Ti
     job = both.plan.finetune_job(96)
     snapshots = job.artifact.result["snapshots"]
     assert sorted(snapshots) == ["0.5", "1"]
-    short = SimsRun(tiny("finetune.budgets_kimg=[0.5]"), tmp_path / "both")
+    short = SimsRun(tiny("finetune.budgets_kimg=[0.5]"), tmp_path / "short")
     short.finetune()
     one = load_tensors(short.plan.finetune_job(96).artifact.path / snapshots["0.5"])[0]
     other, card = load_tensors(job.artifact.path / snapshots["0.5"])

@@ -1,17 +1,25 @@
+import errno
+import json
+import os
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from sims_ray.errors import SimsError
 from sims_ray.storage.checkpoints import (
+    DTYPES,
+    CorruptFile,
     load_model,
     load_tensors,
-    newest_state,
+    read_card,
     save_model,
     save_tensors,
-    state_path,
+    verify_tensors,
 )
 from tests.networks import SETTINGS, small_network
 
@@ -22,6 +30,26 @@ def assert_one_sentence(error: pytest.ExceptionInfo[SimsError], path: Path) -> N
     message = str(error.value)
     assert str(path) in message
     assert "\n" not in message
+
+
+def every_kind() -> dict[str, Tensor]:
+    """Tensors of every dtype, in an order that is not that of the file."""
+    return {str(dtype): torch.tensor([[0, 1, 2], [1, 0, 1]]).to(dtype) for dtype in DTYPES}
+
+
+def same_bytes(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Whether names, dtypes, shapes and bits agree."""
+    return one.keys() == other.keys() and all(
+        a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+        for a, b in ((one[name], other[name]) for name in one)
+    )
+
+
+def with_byte(path: Path, position: int, flip: int) -> None:
+    """Flip bits of one byte of a file."""
+    content = bytearray(path.read_bytes())
+    content[position] ^= flip
+    path.write_bytes(content)
 
 
 def test_a_model_and_its_card_come_back_bit_for_bit(tmp_path: Path) -> None:
@@ -103,31 +131,161 @@ def test_weights_that_do_not_fit_their_card_are_refused_in_one_sentence_that_nam
     assert_one_sentence(error, path)
 
 
-def test_the_newest_state_is_the_one_of_most_images(tmp_path: Path) -> None:
-    assert newest_state(tmp_path) is None
-    for nimg in (900_000, 1_000_000, 5_000):
-        save_tensors(state_path(tmp_path, nimg), {"x": torch.tensor([nimg])}, {"nimg": nimg})
-    found = newest_state(tmp_path)
-    assert found is not None
-    assert found[1]["nimg"] == found[0]["x"].item() == 1_000_000
-
-
-@pytest.mark.parametrize("percent", [0, 50, 99])
-def test_a_torn_newest_state_is_passed_over_for_the_one_before(tmp_path: Path, percent: int) -> None:
-    for nimg in (1000, 2000):
-        save_tensors(state_path(tmp_path, nimg), {"x": torch.randn(100)}, {"nimg": nimg})
-    newest = state_path(tmp_path, 2000)
-    content = newest.read_bytes()
-    newest.write_bytes(content[: len(content) * percent // 100])
-    (tmp_path / "state-notes.safetensors").write_text("someone's file")
-    found = newest_state(tmp_path)
-    assert found is not None
-    assert found[1]["nimg"] == 1000
-    state_path(tmp_path, 1000).unlink()
-    assert newest_state(tmp_path) is None
-
-
 def test_saving_leaves_no_other_file_behind(tmp_path: Path) -> None:
     for _ in range(2):
         save_model(tmp_path / "model.safetensors", small_network(), CARD)
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_every_dtype_of_the_format_comes_back_and_the_library_reads_the_same(tmp_path: Path) -> None:
+    path, tensors = tmp_path / "x.safetensors", every_kind()
+    save_tensors(path, tensors, {"role": "test"})
+    assert same_bytes(load_tensors(path)[0], tensors)
+    assert same_bytes(load_file(path), tensors)
+
+
+@pytest.mark.parametrize("name_chars", range(1, 5))
+def test_every_tensor_starts_at_a_multiple_of_its_element_size(tmp_path: Path, name_chars: int) -> None:
+    tensors = {"x" * name_chars: torch.zeros(1, dtype=torch.uint8), **every_kind()}
+    save_tensors(tmp_path / "x.safetensors", tensors, {})
+    content = (tmp_path / "x.safetensors").read_bytes()
+    data = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:data])
+    for name, tensor in tensors.items():
+        assert (data + header[name]["data_offsets"][0]) % tensor.element_size() == 0
+
+
+def test_what_the_format_has_no_name_for_is_refused_in_one_sentence_before_anything_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(SimsError, match=r"tensor b is torch\.complex128") as error:
+        save_tensors(path, {"a": torch.zeros(1), "b": torch.zeros(1, dtype=torch.complex128)}, {})
+    assert_one_sentence(error, path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_equal_content_gives_equal_bytes(tmp_path: Path) -> None:
+    tensors, card = every_kind(), {"role": "test", "nimg": 3}
+    for i in range(4):
+        ordered = dict(sorted(tensors.items(), reverse=i % 2 == 1))
+        save_tensors(tmp_path / f"{i}", ordered, dict(sorted(card.items(), reverse=i % 2 == 1)))
+    assert len({(tmp_path / f"{i}").read_bytes() for i in range(4)}) == 1
+
+
+@pytest.mark.parametrize("flip", [0x01, 0x20, 0x80, 0xFF])
+def test_one_changed_byte_anywhere_is_one_sentence_or_changes_nothing(tmp_path: Path, flip: int) -> None:
+    path = tmp_path / "x.safetensors"
+    tensors, card = {"weight": torch.randn(2, 3).bfloat16(), "step": torch.tensor([7])}, {"role": "é", "nimg": 1000}
+    save_tensors(path, tensors, card)
+    content = path.read_bytes()
+    data = len(content) - sum(tensor.nbytes for tensor in tensors.values())
+    key = content.index(b"sha256")
+    padding = content[:data].rstrip(b" ")
+    harmless = {
+        *range(key, key + len("sha256")),
+        *range(len(padding), data),
+    }  # the digest's own name, spaces at the end
+    for position in range(len(content)):
+        with_byte(path, position, flip)
+        try:
+            loaded, its_card = load_tensors(path)
+            assert position in harmless
+            assert same_bytes(loaded, tensors)
+            assert its_card == card
+        except CorruptFile as error:
+            assert str(path) in str(error)
+            assert "\n" not in str(error)
+            assert error.reason in str(error)
+            with pytest.raises(CorruptFile):
+                verify_tensors(path)
+        path.write_bytes(content)
+
+
+def test_a_changed_value_is_told_by_both_digests(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_model(path, small_network(), CARD)
+    with safe_open(path, framework="pt") as file:
+        digest = file.metadata()["sha256"]
+    with_byte(path, -1, 0x01)
+    with pytest.raises(SimsError, match=rf"content has SHA-256 [0-9a-f]{{12}}..., its header says {digest[:12]}...\)"):
+        load_model(path)
+
+
+def test_a_digest_covers_what_lies_between_names_dtypes_and_shapes(tmp_path: Path) -> None:
+    zeros, digests = torch.zeros(4, 2), set()
+    contents = [
+        {"a": zeros}, {"b": zeros}, {"a": zeros.T}, {"a": zeros.int()}, {"a": zeros[:2], "b": zeros[2:]},
+        {"a": zeros[:1], "b": zeros[1:]},
+    ]  # fmt: skip
+    for tensors in contents:
+        save_tensors(tmp_path / "x", tensors, {})
+        with safe_open(tmp_path / "x", framework="pt") as file:
+            digests.add(file.metadata()["sha256"])
+    assert len(digests) == len(contents)
+
+
+def test_a_file_without_a_digest_is_accepted(tmp_path: Path) -> None:
+    path, tensors = tmp_path / "x.safetensors", every_kind()
+    save_file(tensors, path, metadata={"card": json.dumps({"role": "test"}), "format": "pt"})
+    loaded, card = load_tensors(path)
+    assert same_bytes(loaded, tensors)
+    assert card == verify_tensors(path) == {"role": "test"}
+
+
+@pytest.mark.parametrize("card", [None, "", "{", "[1]", '"role"', "null"])
+def test_a_card_that_is_none_is_refused_in_one_sentence_that_names_the_file(tmp_path: Path, card: str | None) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"x": torch.zeros(1)}, path, metadata=None if card is None else {"card": card})
+    for read in (load_tensors, verify_tensors, read_card):
+        with pytest.raises(CorruptFile, match="is not a checkpoint of sims_ray") as error:
+            read(path)
+        assert_one_sentence(error, path)
+
+
+def test_a_card_is_read_without_the_tensors(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_tensors(path, {"x": torch.zeros(9)}, {"role": "test"})
+    with_byte(path, -1, 0x01)
+    assert read_card(path) == {"role": "test"}
+
+
+def test_what_cannot_be_read_is_not_called_torn(tmp_path: Path) -> None:
+    folder = tmp_path / "x.safetensors"
+    folder.mkdir()
+    with pytest.raises(SimsError, match="cannot be read") as error:
+        load_tensors(folder)
+    assert not isinstance(error.value, CorruptFile)
+    assert_one_sentence(error, folder)
+
+
+def test_what_cannot_be_written_is_one_sentence_and_the_file_is_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.safetensors"
+    save_tensors(path, {"x": torch.zeros(9)}, {"role": "first"})
+
+    def full(_: int) -> None:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SimsError, match=r"needs 36 bytes and [\d,]+ bytes are free; free space") as error:
+        save_tensors(path, {"x": torch.ones(9)}, {"role": "second"})
+    assert_one_sentence(error, tmp_path)
+    assert load_tensors(path)[1] == {"role": "first"}
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(SimsError, match="cannot be written") as error:
+        save_tensors(path / "in a file.safetensors", {"x": torch.ones(9)}, {})
+    assert_one_sentence(error, path)
+
+
+def test_a_file_is_for_all_whom_the_folder_lets_read(tmp_path: Path) -> None:
+    save_tensors(tmp_path / "x.safetensors", {"x": torch.zeros(1)}, {})
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_what_is_wrong_with_a_file_is_known_in_another_process_too(tmp_path: Path) -> None:
+    (tmp_path / "x").touch()
+    with pytest.raises(CorruptFile) as error:
+        load_tensors(tmp_path / "x")
+    sent = pickle.loads(pickle.dumps(error.value))
+    assert (str(sent), sent.reason) == (str(error.value), "it is empty")

@@ -9,11 +9,13 @@ from sims_ray.config import load_recipe, presets
 from sims_ray.data.table import Samples, table_result, write_samples
 from sims_ray.errors import SimsError
 from sims_ray.storage.artifacts import Store
+from sims_ray.storage.checkpoints import save_tensors
 from sims_ray.storage.models import SimsModel
 from sims_ray.studies.inputs import IMAGE_CHANNELS, Inputs
 from sims_ray.studies.plan import Plan
 from sims_ray.studies.sims import SimsRun
 from tests.conftest import TinyRecipe
+from tests.networks import SETTINGS, small_network
 
 CELL = (1.0, 1.0, 96)  # omega, budget, n_s
 
@@ -65,6 +67,12 @@ def test_images_of_four_channels_are_refused_and_latents_of_four_are_not_measure
         ("synthesize.root=elsewhere", set()),
         ("tune.n_s=[96,1000]", set()),
         ("seeds.synthesis=5", {"synthesis", "finetune", "evaluation"}),
+        ("train.duration_kimg=3", {"synthesis", "finetune", "evaluation"}),  # the base is extended, or has a snapshot
+        ("finetune.budgets_kimg=[1,2]", set()),
+        ("finetune.start=weights", {"finetune", "evaluation"}),
+        ("finetune.reset_optimizer=false", {"finetune", "evaluation"}),
+        ("finetune.dropout=0", {"finetune", "evaluation"}),
+        ("finetune.checkpoint_kimg=3", set()),
         ("compute.compile=true", set()),
     ],
 )
@@ -84,6 +92,31 @@ def test_a_setting_makes_other_artifacts_exactly_where_it_changes_their_content(
 
     before, after = prints(), prints(override)
     assert {name for name in before if before[name] != after[name]} == changed
+
+
+def test_what_is_made_from_a_training_depends_on_how_long_it_was(out: Path, tiny: TinyRecipe) -> None:
+    short, long = (Plan(tiny(f"train.duration_kimg={duration}"), out) for duration in (100, 200))
+    assert short.base_artifact == long.base_artifact and short.base != long.base
+    assert short.synthesis_job.set.folder != long.synthesis_job.set.folder
+    assert short.synthesis_job.model.base == str(short.base)
+    assert short.finetune_job(96).init_state != long.finetune_job(96).init_state
+    seeds = short.seeds["selection"]
+    budgets = [short.evaluation(seeds, 1.0, budget, 96).artifact for budget in (0.5, 1.0)]
+    assert budgets[0].parents[:2] == budgets[1].parents[:2] and budgets[0].parents[2] != budgets[1].parents[2]
+    previews = [plan.preview_jobs({"omega": 1.0, "budget_kimg": 1.0, "n_s": 96}) for plan in (short, long)]
+    assert all(previews[0][name].fingerprint != previews[1][name].fingerprint for name in previews[0])
+
+
+@pytest.mark.parametrize("setting", ["start=weights", "reset_optimizer=false"])
+def test_a_base_of_the_users_has_no_training_state_to_start_from(setting: str, out: Path, tiny: TinyRecipe) -> None:
+    path = out.parent / "mine.safetensors"
+    save_tensors(path, small_network().state_dict(), {"role": "base", "network": SETTINGS, "nimg": 5})
+    with pytest.raises(
+        SimsError, match=rf"finetune\.{setting} needs the training state of a base.*leave one of them out"
+    ):
+        Plan(tiny(f"finetune.{setting}", f"train.checkpoint={path}"), out)
+    assert Plan(tiny(f"train.checkpoint={path}"), out).finetune_job(96).init_state is None
+    assert not out.exists()
 
 
 def test_the_auxiliary_of_the_table_is_not_touched_by_a_guidance_interval(out: Path, tiny: TinyRecipe) -> None:

@@ -50,6 +50,44 @@ def test_a_changed_search_reuses_what_it_does_not_touch(tiny: TinyRecipe, out: P
     assert new == {"evaluate", "tune"}
 
 
+def test_a_search_with_more_budgets_trains_on_and_measures_only_what_is_new(tiny: TinyRecipe, out: Path) -> None:
+    tracked = "tracking.enabled=true"
+    SimsRun(tiny("finetune.budgets_kimg=[0.5]", tracked), out).tune()
+    before = times(out)
+    wider = SimsRun(tiny("finetune.budgets_kimg=[0.5,1]", tracked), out)
+    job = wider.plan.finetune_job(96)
+    (row,) = [line for line in wider.describe().splitlines() if line.startswith("finetune")]
+    assert "to do: B=1 kimg" in row and str(job.artifact.path) in row
+    wider.tune()
+    after = times(out)
+    changed = {name for name in before if name.startswith("artifacts") and after.get(name) != before[name]}
+    folder = f"artifacts/{job.artifact.path.name}"
+    gone = "state-000000000512.safetensors"
+    assert changed == {f"{folder}/{name}" for name in ("manifest.json", "metrics.jsonl", "settings.json", gone)}
+    added = [name for name in after.keys() - before.keys() if name.endswith("manifest.json")]
+    assert sorted(Path(name).parent.name.split("-")[0] for name in added) == ["evaluate", "evaluate", "tune"]
+    client = MlflowClient(f"sqlite:///{out / 'mlflow.db'}")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "sims"]
+    runs = client.search_runs([experiment.experiment_id])
+    (run,) = [r for r in runs if r.data.tags["mlflow.runName"].startswith("finetune")]
+    assert run.info.status == "FINISHED"
+    steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "loss")]
+    assert steps == [row["nimg"] for row in job.log_rows()] and steps[-1] == 1024
+    assert run.data.params["policy.0.5kimg.lr"] == "0.002" and run.data.params["start"] == "ema"
+
+
+def test_a_base_can_be_trained_on_and_the_report_of_the_shorter_one_stays_as_it_is(tiny: TinyRecipe, out: Path) -> None:
+    first = SimsRun(tiny(), out).report()
+    longer = SimsRun(tiny("train.duration_kimg=3"), out)
+    assert "to do: B=3 kimg" in longer.describe()
+    second = longer.report()
+    assert longer.plan.base_artifact.path.parent == out / "artifacts"
+    assert len(list(longer.plan.base_artifact.path.glob("ema-*"))) == 2
+    assert second["losses"]["base"][: len(first["losses"]["base"])] == first["losses"]["base"]
+    assert second["table"] != first["table"]
+    assert SimsRun(tiny(), out).report() == first
+
+
 def test_dry_run_changes_nothing(tiny: TinyRecipe, out: Path) -> None:
     text = SimsRun(tiny(), out).describe()
     assert not out.exists() and "train base" in text and "to do" in text

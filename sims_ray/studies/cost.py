@@ -1,0 +1,216 @@
+"""What a run does, stage by stage, before it does it: images, network evaluations, operations, bytes on storage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sims_ray.data.table import KINDS
+from sims_ray.diffusion.evaluations import Denoiser, Evaluations, count_evaluations, record
+from sims_ray.diffusion.generate import generate
+from sims_ray.diffusion.guidance import guidance_interval, sims_guidance
+from sims_ray.metrics.features import pixel_features
+from sims_ray.nn.flops import NetworkFlops, network_flops
+from sims_ray.nn.networks import describe_network, num_parameters
+from sims_ray.stages.evaluate import Evaluation
+from sims_ray.stages.train_job import KIMG, TrainJob
+from sims_ray.storage.models import SimsModel
+from sims_ray.studies.plan import Plan
+
+FLOAT_BYTES, HALF_BYTES, DOUBLE_BYTES = 4, 2, 8
+ID_AND_LABEL_BYTES = 12
+ADAM_MOMENTS = 2
+STATES_IN_PASSING = 2  # beside the last one: the one before it, and one that is being written
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one stage does.
+
+    Attributes:
+        stage: its name, most often that of the command.
+        detail: which of several of that name.
+        images: images trained on, or sampled.
+        evaluations: network evaluations in all; in training forward passes.
+        flops: floating-point operations in all.
+        training: whether it trains or samples.
+        left_bytes: what it leaves on storage.
+        passing_bytes: what lies there besides while it runs.
+    """
+
+    stage: str
+    detail: str
+    images: int
+    evaluations: float
+    flops: float
+    training: bool = False
+    left_bytes: float = 0.0
+    passing_bytes: float = 0.0
+
+    @property
+    def evaluations_per_image(self) -> float:
+        """Network evaluations per image."""
+        return self.evaluations / self.images if self.images else 0.0
+
+
+class Workload:
+    """The work of every stage of a plan.
+
+    Args:
+        plan: the run.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.recipe = plan.recipe
+
+    @cached_property
+    def flops(self) -> NetworkFlops:
+        """Operations of one network evaluation per image."""
+        return network_flops(self.plan.inputs.network, self.recipe.finetune.trainable_resolution)
+
+    @cached_property
+    def parameters(self) -> int:
+        """Parameters of one network."""
+        return num_parameters(describe_network(self.plan.inputs.network))
+
+    def stages(self) -> list[Work]:
+        """The work of every stage, in the order of a run; a base that the user brings costs none."""
+        plan, job = self.plan, self.plan.synthesis_job
+        row_bytes = math.prod(plan.inputs.shape) * KINDS[plan.inputs.kind].itemsize + ID_AND_LABEL_BYTES
+        set_bytes = 0 if self.recipe.synthesize.root else job.n * row_bytes  # else it lies elsewhere
+        previews = plan.preview_jobs(self._selected).values()
+        preview_bytes = self.recipe.seeds.preview_nimg * row_bytes * len(previews)
+        return [
+            *(self._training("train", "base", plan.base_job) if plan.base_job else []),
+            self._sampling("synthesize", "", [(job.model, job.n)], set_bytes),
+            *(work for n_s in self.recipe.tune.n_s for work in self._finetuning(n_s)),
+            *(self._evaluations("tune", f"{name}, trials", some) for name, some in self._sweep.items()),
+            *(self._evaluations("report", f"{name}, blocks", some) for name, some in self._report.items()),
+            self._sampling("preview", "", [(job.model, job.n) for job in previews], preview_bytes),
+        ]
+
+    @property
+    def _selected(self) -> dict[str, Any]:
+        """A guided cell of the sweep; all of them cost the same."""
+        return {
+            "omega": max(self.recipe.tune.omega),
+            "budget_kimg": max(self.recipe.finetune.budgets_kimg),
+            "n_s": max(self.recipe.tune.n_s),
+        }
+
+    @property
+    def _sweep(self) -> dict[str, list[Evaluation]]:
+        kinds: dict[str, list[Evaluation]] = {}
+        for trial in self.plan.trials:
+            kinds.setdefault({0.0: "base", -1.0: "auxiliary"}.get(trial.omega, "SIMS"), []).append(trial.evaluation)
+        return kinds
+
+    @property
+    def _report(self) -> dict[str, list[Evaluation]]:
+        return self.plan.report_evaluations(self._selected)
+
+    def _finetuning(self, n_s: int) -> list[Work]:
+        return self._training("finetune", f"n_s={n_s}", self.plan.finetune_job(n_s))
+
+    def _training(self, stage: str, detail: str, job: TrainJob) -> list[Work]:
+        """The training, and the previews that are sampled while it goes on."""
+        network_bytes = self.parameters * FLOAT_BYTES
+        settings, nimg = job.settings, job.stop_nimg
+        averages = len(job.optimization().averages)
+        state_bytes = (1 + averages + ADAM_MOMENTS) * network_bytes
+        stored = len(settings.ema_stds) * (nimg // (settings.ema_snapshot_kimg * KIMG) + len(job.budgets_kimg))
+        checkpoints = min(math.ceil(nimg / (settings.checkpoint_kimg * KIMG)) - 1, STATES_IN_PASSING)
+        works = [
+            Work(
+                stage,
+                detail,
+                nimg,
+                nimg,
+                nimg * self.flops.training(job.trainable),
+                training=True,
+                left_bytes=len(job.budgets_kimg) * network_bytes + stored * self.parameters * HALF_BYTES + state_bytes,
+                passing_bytes=checkpoints * state_bytes,
+            )
+        ]
+        if job.preview is not None and (count := int(nimg // (job.preview.every_kimg * KIMG))):
+            parts = [(SimsModel(""), count * len(job.preview.seeds))]
+            works.append(self._sampling(stage, f"previews of {detail}: {count}", parts, 0))
+        return works
+
+    def _sampling(self, stage: str, detail: str, parts: Iterable[tuple[SimsModel, int]], left_bytes: float) -> Work:
+        images, evaluations, flops = 0, 0.0, 0.0
+        for model, nimg in parts:
+            tally = self._alone if model.omega in (0, -1) else self._guided
+            images += nimg
+            evaluations += nimg * tally.nfe
+            flops += nimg * (tally.encoders * self.flops.shared + tally.decoders * self.flops.own)
+        return Work(stage, detail, images, evaluations, flops, left_bytes=left_bytes)
+
+    def _evaluations(self, stage: str, kind: str, some: Sequence[Evaluation]) -> Work:
+        """Evaluations of one kind of model; the moments of their parts lie there until they are merged."""
+        moments_bytes = self._feature_dim**2 * DOUBLE_BYTES
+        at_once = min(len(some), max(self.recipe.compute.num_workers, 1)) if stage == "tune" else len(some)
+        work = self._sampling(
+            stage, f"{kind}: {len(some)}", [(e.model, len(e.seeds)) for e in some], len(some) * moments_bytes
+        )
+        return replace(work, passing_bytes=at_once * len(some[0].parts()) * moments_bytes)
+
+    @cached_property
+    def _feature_dim(self) -> int:
+        if self.plan.inputs.kind == "latent":  # whose distances are not measured
+            return 0
+        if self.recipe.features.kind == "classifier":
+            return self.recipe.features.feature_dim
+        return pixel_features(torch.zeros(1, *self.plan.inputs.shape)).shape[1]
+
+    @cached_property
+    def _alone(self) -> Evaluations:
+        return passes(self.plan.sampler, SimsModel(""))
+
+    @cached_property
+    def _guided(self) -> Evaluations:
+        interval = self.recipe.guidance
+        model = SimsModel("", "", 1.0, interval.sigma_lo, interval.sigma_hi)
+        return passes(self.plan.sampler, model, self.recipe.finetune.trainable == "decoder")
+
+
+def passes(sampler: Mapping[str, Any], model: SimsModel, decoder_only: bool = False) -> Evaluations:
+    """Passes through each half of a network that an image takes, as the sampler itself counts them on one pixel.
+
+    Args:
+        sampler: sampler settings.
+        model: whose guidance counts; its checkpoints are not opened.
+        decoder_only: the auxiliary shares the base's encoder.
+    """
+    guided: Denoiser = _nothing
+    if model.omega not in (0, -1):
+        guided = _shared_encoder if decoder_only else sims_guidance(_nothing, _nothing, model.omega)
+    sigma_hi = math.inf if model.sigma_hi is None else model.sigma_hi
+    with count_evaluations() as tally:
+        list(generate(guidance_interval(guided, _nothing, model.sigma_lo, sigma_hi), (1, 1, 1), range(1), sampler))
+    return tally
+
+
+def _nothing(x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+    """A denoiser that costs no time."""
+    return torch.zeros_like(x)
+
+
+def _shared_encoder(x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+    """One that costs none either, counted as guidance with a shared encoder."""
+    record(encoders=1, decoders=2)
+    return torch.zeros_like(x)
+
+
+def storage_bytes(stages: Sequence[Work]) -> tuple[float, float]:
+    """What a run leaves on storage, and the most that lies there while it runs."""
+    left = sum(work.left_bytes for work in stages)
+    report = sum(work.passing_bytes for work in stages if work.stage == "report")  # measured together
+    return left, left + max(report, *(work.passing_bytes for work in stages))
