@@ -177,8 +177,8 @@ def _check_loss(job: TrainJob, nimg: int, loss: float) -> None:
     if not math.isfinite(loss):
         raise SimsError(
             f"the training loss of {job.artifact.path.name} became {loss} at {nimg:,} images; the last good "
-            f"checkpoint is kept: lower the learning rate (now {job.settings.lr:g}) or lengthen its ramp, and give another "
-            f"--out or delete {job.artifact.path}"
+            f"checkpoint is kept: lower the learning rate (now {job.settings.lr:g}) or lengthen its ramp, "
+            f"and give another --out or delete {job.artifact.path}"
         )
 
 
