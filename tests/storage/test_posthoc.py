@@ -166,6 +166,7 @@ def test_a_file_that_is_no_power_function_average_is_refused_by_name(
 def test_averages_of_different_networks_are_refused_by_name(averages: list[Path], tmp_path: Path) -> None:
     other = {**NETWORK, "model_channels": 16}
     net = small_network(**{**ARCHITECTURES["ncsnpp"], "model_channels": 16})
+    (tmp_path / "other").mkdir()
     save_average(tmp_path / "other", 2_500, 0.05, net.state_dict(), {**CARD, "network": other})
     [path] = (tmp_path / "other").glob(PATTERN)
     message = refusal([*averages, path])
@@ -174,6 +175,7 @@ def test_averages_of_different_networks_are_refused_by_name(averages: list[Path]
 
 
 def test_the_same_average_from_two_folders_is_refused(averages: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "again").mkdir()
     save_average(tmp_path / "again", 2_000, 0.1, weights_at(2_000, 0.1), CARD)
     assert "given twice" in refusal([*averages, *(tmp_path / "again").glob(PATTERN)])
 
