@@ -64,7 +64,11 @@ def reconstruct(paths: Sequence[Path], std: float, nimg: int | None = None) -> t
         raise SimsError(
             f"no stored average ends at {end:,} images; the nearest end at {' and '.join(f'{n:,}' for n in near)}"
         )
-    used = sorted((path for path in cards if cards[path]["nimg"] <= end), key=lambda path: cards[path]["nimg"])
+    # In one order whatever order they are given in, as sums round.
+    used = sorted(
+        (path for path in cards if cards[path]["nimg"] <= end),
+        key=lambda path: (cards[path]["nimg"], cards[path]["ema"]["std"]),
+    )
     last = cards[used[-1]]
     for path in used:
         if cards[path]["network"] != last["network"]:

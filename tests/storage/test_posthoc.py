@@ -174,6 +174,13 @@ def test_averages_of_different_networks_are_refused_by_name(averages: list[Path]
     assert str(averages[-1]) in message
 
 
+def test_the_order_in_which_averages_are_given_does_not_change_a_bit(averages: list[Path]) -> None:
+    expected = reconstruct(averages, 0.08)[0]
+    for order in (averages[::-1], averages[1::2] + averages[::2]):
+        found = reconstruct(order, 0.08)[0]
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 def test_the_same_average_from_two_folders_is_refused(averages: list[Path], tmp_path: Path) -> None:
     (tmp_path / "again").mkdir()
     save_average(tmp_path / "again", 2_000, 0.1, weights_at(2_000, 0.1), CARD)
