@@ -43,7 +43,8 @@ def head() -> Iterator[dict[str, str]]:
             RAY_TMPDIR=folder,
             RAY_API_SERVER_ADDRESS=f"http://127.0.0.1:{dashboard}",
         )
-        start = [RAY, "start", "--head", f"--port={free_port()}", "--num-cpus=4", f"--dashboard-port={dashboard}"]
+        ports = [f"--port={free_port()}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={free_port()}"]
+        start = [RAY, "start", "--head", "--num-cpus=4", *ports]  # an agent of another cluster may have its usual port
         try:
             subprocess.run([*start, "--object-store-memory=200000000"], env=env, check=True, timeout=120)
             yield env
