@@ -43,8 +43,12 @@ def head() -> Iterator[dict[str, str]]:
             RAY_TMPDIR=folder,
             RAY_API_SERVER_ADDRESS=f"http://127.0.0.1:{dashboard}",
         )
-        ports = [f"--port={free_port()}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={free_port()}"]
-        start = [RAY, "start", "--head", "--num-cpus=4", *ports]  # an agent of another cluster may have its usual port
+        ports = [  # those that are usual may be another cluster's
+            f"--port={free_port()}",
+            f"--dashboard-port={dashboard}",
+            f"--dashboard-agent-listen-port={free_port()}",
+        ]
+        start = [RAY, "start", "--head", "--num-cpus=4", *ports]
         try:
             subprocess.run([*start, "--object-store-memory=200000000"], env=env, check=True, timeout=120)
             yield env
