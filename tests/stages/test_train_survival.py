@@ -43,7 +43,8 @@ SEED = 5
 
 def moments() -> list[int]:
     """Ten steps at which something is killed, by chance: one in each tenth of the run, in an order of chance."""
-    chance, tenth = random.Random(SEED), (STOP_NIMG - 10 * BATCH_NIMG) // 10
+    # The last seconds are left out: training may end before it is killed.
+    chance, tenth = random.Random(SEED), (STOP_NIMG - 40 * BATCH_NIMG) // 10
     found = [BATCH_NIMG + number * tenth + chance.randrange(tenth) for number in range(10)]
     return chance.sample(found, len(found))
 
