@@ -77,6 +77,7 @@ def test_seeds_of_a_preview_s_distance_are_in_the_ledger(tiny: TinyRecipe, tmp_p
         tiny(*SHOWN, "seeds.preview=40", "seeds.synthesis=0")
 
 
+@pytest.mark.slow
 def test_ray_samples_previews_while_training_goes_on(
     tiny: TinyRecipe, tmp_path: Path, ray_cluster: ComputeSettings
 ) -> None:

@@ -174,6 +174,7 @@ def test_more_workers_take_less_time_and_as_many_gpu_hours() -> None:
     assert half.device_hours(half.stages[0]) == pytest.approx(one.device_hours(one.stages[0]))
 
 
+@pytest.mark.slow
 def test_a_run_does_what_was_planned_and_leaves_about_as_many_bytes(tiny: TinyRecipe, out: Path) -> None:
     recipe = tiny("network.model_channels=32", "train.duration_kimg=1")  # weights that outweigh cards and headers
     planned = Workload(Outline(recipe, out)).stages()
