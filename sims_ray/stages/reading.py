@@ -111,7 +111,7 @@ def open_source(
     if choose_reading(reading, training_set.nbytes, memory_bytes, memory) == "resident":
         yield Resident(training_set, _load(training_set) if in_ray else ())
     elif in_ray:
-        with start_feed(training_set, positions, compute.num_workers) as feed:
+        with start_feed(training_set, positions) as feed:
             yield Streaming(training_set, positions.stop, feed)
     else:
         yield Streaming(training_set, positions.stop)

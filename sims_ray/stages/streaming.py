@@ -56,7 +56,7 @@ class Streaming:
 
     def open(self, share: Share) -> Streamed:
         """The batches of one worker."""
-        fetch = self._read if self.feed is None else partial(_fetch, self.feed, share.rank)
+        fetch = self._read if self.feed is None else partial(_fetch, self.feed, share)
         return Streamed(fetch, share, self.stop_nimg, self.training_set.mean_weight or 1.0)
 
     def _read(self, position: int) -> Piece:
@@ -113,11 +113,11 @@ class Feed:
     Args:
         training_set: what to read.
         stop_nimg: where training ends.
-        world_size: number of workers.
     """
 
-    def __init__(self, training_set: TrainingSet, stop_nimg: int, world_size: int) -> None:
-        self._set, self._stop_nimg, self._world_size = training_set, stop_nimg, world_size
+    def __init__(self, training_set: TrainingSet, stop_nimg: int) -> None:
+        self._set, self._stop_nimg = training_set, stop_nimg
+        self._world_size = 0  # of the workers that ask at present
         self._asked: dict[int, int] = {}  # newest position by rank
         self._held: deque[tuple[int, int, Any]] = deque()  # first position, the one after the last, block
         self._next_nimg = -1  # position of the first row that the pipeline has not given yet
@@ -126,12 +126,13 @@ class Feed:
     def begin(self, position: int) -> None:
         """Read ahead of the first question; what fails will fail again when it is asked for."""
         with suppress(Exception):
-            self.block(0, position)
+            self.block(0, position, 1)
 
-    def block(self, rank: int, position: int) -> tuple[int, list[Any]]:
+    def block(self, rank: int, position: int, world_size: int) -> tuple[int, list[Any]]:
         """The first position of the block that holds `position`, and a list with the reference to the block."""
-        if position < self._asked.get(rank, -1):
-            self._asked.clear()  # the workers have begun anew
+        if position < self._asked.get(rank, -1) or world_size != self._world_size:
+            self._asked.clear()  # the workers have begun anew, perhaps more or fewer of them
+            self._world_size = world_size
         self._asked[rank] = position
         if self._next_nimg < 0 or position < (self._held[0][0] if self._held else self._next_nimg):
             self._start(position)
@@ -183,14 +184,14 @@ def _pipeline(training_set: TrainingSet, windows: range) -> Iterator[tuple[int, 
 
 
 @contextmanager
-def start_feed(training_set: TrainingSet, positions: range, world_size: int) -> Iterator[Any]:
+def start_feed(training_set: TrainingSet, positions: range) -> Iterator[Any]:
     """The actor that reads for all workers, while training goes on; it runs on the node of this process."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)(Feed)
-    feed = actor.remote(training_set, positions.stop, world_size)
+    feed = actor.remote(training_set, positions.stop)
     feed.begin.remote(positions.start)  # reads while the workers are starting
     try:
         yield feed
@@ -198,14 +199,14 @@ def start_feed(training_set: TrainingSet, positions: range, world_size: int) -> 
         ray.kill(feed)
 
 
-def _fetch(feed: Any, rank: int, position: int) -> Piece:
+def _fetch(feed: Any, share: Share, position: int) -> Piece:
     """The block that holds a position, from the actor; asked for again if the node that held it is lost."""
     import ray
 
     lost = 0
     while True:
         try:
-            start_nimg, (block,) = ray.get(feed.block.remote(rank, position))
+            start_nimg, (block,) = ray.get(feed.block.remote(share.rank, position, share.world_size))
             return Piece(start_nimg, from_arrow(ray.get(block)))
         except ray.exceptions.ObjectLostError:
             lost += 1

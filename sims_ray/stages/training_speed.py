@@ -24,20 +24,20 @@ class Choice:
     reason: str
 
 
-def choose_compile(setting: str, on_gpu: bool, left_nimg: int) -> Choice:
+def choose_compile(setting: str, on_gpu: bool, stop_nimg: int) -> Choice:
     """What torch.compile gets in training: 'off', 'blocks' or 'whole'.
 
     Args:
         setting: one of these, or 'auto'.
         on_gpu: whether the network is on a GPU.
-        left_nimg: images still to train on.
+        stop_nimg: images of the whole run, so that one that goes on computes as it did before.
     """
     if setting != "auto":
         return Choice(setting, f"compute.compile_training={setting}")
     if not on_gpu:
         return Choice("off", "on a CPU it wins little and takes minutes")
-    if left_nimg < LONG_NIMG:
-        return Choice("off", f"{left_nimg:,} images are too few to win back the minutes it takes")
+    if stop_nimg < LONG_NIMG:
+        return Choice("off", f"{stop_nimg:,} images are too few to win back the minutes it takes")
     return Choice(
         "blocks", "the residual blocks, which take minutes less than the whole network and win nearly as much"
     )

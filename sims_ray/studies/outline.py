@@ -6,12 +6,11 @@ from pathlib import Path
 
 from sims_ray.config import Recipe, presets
 from sims_ray.data.table import SampleTable
-from sims_ray.diffusion.labels import check_labels
 from sims_ray.errors import SimsError
 from sims_ray.storage.artifacts import Store
 from sims_ray.storage.folders import Folder
 from sims_ray.studies.inputs import DIGITS, DIGITS_SHAPE, IMAGE_CHANNELS, Inputs
-from sims_ray.studies.plan import Plan, label_content
+from sims_ray.studies.plan import Plan
 
 Shape = tuple[int, int, int]
 FEWEST_CLASSES = 2  # enough for features that need labels
@@ -87,9 +86,4 @@ class Outline(Plan):
     """
 
     def __init__(self, recipe: Recipe, out: Path, shape: Shape | None = None, num_classes: int | None = None) -> None:
-        self.recipe, self.out = recipe, out.resolve()
-        self.store = Store(self.out / "artifacts")
-        self.seeds = recipe.seed_ledger()
-        self.inputs = AssumedInputs(recipe, self.store, shape, num_classes)
-        check_labels(label_content(recipe.synthesize.labels), self.inputs.network["label_dim"])
-        self._check_start()
+        super().__init__(recipe, out, lambda recipe, store: AssumedInputs(recipe, store, shape, num_classes))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -42,18 +42,19 @@ class Plan:
     Args:
         recipe: the resolved settings.
         out: output folder; artifacts lie under `out/artifacts`.
+        inputs: makes the inputs that the recipe describes.
 
     Raises:
         SimsError: the images or the synthetic labels do not fit the network, there is no table at data.path, or
             fine-tuning is to start from more than the user's base has.
     """
 
-    def __init__(self, recipe: Recipe, out: Path) -> None:
+    def __init__(self, recipe: Recipe, out: Path, inputs: Callable[[Recipe, Store], Inputs] = Inputs) -> None:
         # Absolute, because Ray's workers run in folders of their own.
         self.recipe, self.out = recipe, out.resolve()
         self.store = Store(self.out / "artifacts")
         self.seeds = recipe.seed_ledger()
-        self.inputs = Inputs(recipe, self.store)
+        self.inputs = inputs(recipe, self.store)
         check_labels(label_content(recipe.synthesize.labels), self.inputs.network["label_dim"])
         self._check_start()
 

@@ -320,9 +320,9 @@ class Read:
                 yield len(part.ids), part.ids
 
 
-def asked(feed: Feed, rank: int, position: int) -> int:
+def asked(feed: Feed, rank: int, position: int, world_size: int) -> int:
     """The id at a position."""
-    start_nimg, (ids,) = feed.block(rank, position)
+    start_nimg, (ids,) = feed.block(rank, position, world_size)
     return int(ids[position - start_nimg])
 
 
@@ -330,14 +330,26 @@ def test_a_feed_reads_once_for_all_workers_and_lets_go_what_all_have_passed(
     training_set: TrainingSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read, ids = Read(monkeypatch), expected_ids(training_set)
-    feed = Feed(training_set, STOP_NIMG, 3)
-    assert [asked(feed, 0, position) for position in (0, 45)] == [ids[0], ids[45]]  # the first goes ahead
-    assert asked(feed, 1, 0) == ids[0]
+    feed = Feed(training_set, STOP_NIMG)
+    assert [asked(feed, 0, position, 3) for position in (0, 45)] == [ids[0], ids[45]]  # the first goes ahead
+    assert asked(feed, 1, 0, 3) == ids[0]
     for position, rank in itertools.product(range(0, STOP_NIMG - 40, 10), range(3)):
-        assert asked(feed, rank, position + 12 * rank) == ids[position + 12 * rank]
+        assert asked(feed, rank, position + 12 * rank, 3) == ids[position + 12 * rank]
         assert len(feed._held) <= 4
     assert read.started == [0]
     assert read.taken == pytest.approx(STOP_NIMG / 20, rel=0.2)  # blocks at the end of a window are smaller
+
+
+def test_a_feed_lets_go_what_all_have_passed_when_workers_come_and_go(
+    training_set: TrainingSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, ids = Read(monkeypatch), expected_ids(training_set)
+    feed, third = Feed(training_set, STOP_NIMG), STOP_NIMG // 30 * 10
+    for world_size, start in ((1, 0), (3, third), (2, 2 * third)):
+        for position, rank in itertools.product(range(start, start + third - 20, 10), range(world_size)):
+            assert asked(feed, rank, position, world_size) == ids[position]
+            assert len(feed._held) <= 4
+    assert read.started == [0]
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
@@ -345,13 +357,13 @@ def test_a_feed_begins_again_where_workers_ask_that_have_gone_back(
     training_set: TrainingSet, monkeypatch: pytest.MonkeyPatch, ahead: int
 ) -> None:
     read, ids = Read(monkeypatch), expected_ids(training_set)
-    feed = Feed(training_set, STOP_NIMG, 2)
+    feed = Feed(training_set, STOP_NIMG)
     for position, rank in itertools.product(range(200, 400, 10), (ahead, 1 - ahead)):
-        assert asked(feed, rank, position) == ids[position]
-    assert [asked(feed, 0, position) for position in (100, 145)] == [ids[100], ids[145]]  # the first goes ahead
-    assert asked(feed, 1, 100) == ids[100]
+        assert asked(feed, rank, position, 2) == ids[position]
+    assert [asked(feed, 0, position, 2) for position in (100, 145)] == [ids[100], ids[145]]  # the first goes ahead
+    assert asked(feed, 1, 100, 2) == ids[100]
     for position, rank in itertools.product(range(150, 500, 10), (0, 1)):
-        assert asked(feed, rank, position) == ids[position]
+        assert asked(feed, rank, position, 2) == ids[position]
     order = training_set.order
     assert read.started == [order.window_at(200).number, order.window_at(100).number]
 
@@ -360,17 +372,17 @@ def test_a_feed_whose_reading_failed_reads_on_when_it_is_asked_again(
     training_set: TrainingSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read, ids = Read(monkeypatch), expected_ids(training_set)
-    feed, window = Feed(training_set, STOP_NIMG, 1), TrainingSet.window
+    feed, window = Feed(training_set, STOP_NIMG), TrainingSet.window
 
     def fails(self: TrainingSet, number: int) -> Rows:
         raise OSError("gone")
 
-    assert asked(feed, 0, 0) == ids[0]
+    assert asked(feed, 0, 0, 1) == ids[0]
     monkeypatch.setattr(TrainingSet, "window", fails)
     with pytest.raises(OSError, match="gone"):
-        asked(feed, 0, 100)
+        asked(feed, 0, 100, 1)
     monkeypatch.setattr(TrainingSet, "window", window)
-    assert [asked(feed, 0, position) for position in (100, 300)] == [ids[100], ids[300]]
+    assert [asked(feed, 0, position, 1) for position in (100, 300)] == [ids[100], ids[300]]
     assert len(read.started) == 2
 
 
@@ -445,7 +457,7 @@ def test_streaming_outlives_the_actor_that_reads_and_the_actor_does_not_outlive_
             seen.append(data.batch(nimg).ids)
     assert (np.concatenate(seen) == expected_ids(training_set)).all()
     with pytest.raises(ray.exceptions.RayActorError):
-        ray.get(source.feed.block.remote(0, 0))
+        ray.get(source.feed.block.remote(0, 0, 1))
 
 
 def test_no_more_than_a_few_windows_are_read_ahead(tmp_path: Path, workers: ComputeSettings) -> None:
