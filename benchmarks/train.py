@@ -5,19 +5,23 @@
     python -m benchmarks.train variants   # one process: memory format, optimizer, compilation
 
 The network is DDPM++ for 32x32 images with random weights, the images are noise; neither matters to the cost. Start-up
-is apart: a rate counts from the second line of the training log on. The competitors take turns.
+is apart: rates count from the third line of the training log on. The competitors take turns of a line each, while the
+workers of the other are stopped; Ray's services run all the time, as they do on a cluster.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,12 +35,17 @@ from sims_ray.diffusion.training import Training
 from sims_ray.stages.cluster import start_ray, stop_ray
 from sims_ray.stages.train import train
 from sims_ray.stages.train_job import TrainJob
-from sims_ray.stages.training_log import TrainingLog, read_metrics
+from sims_ray.stages.training_log import METRICS, TrainingLog
 from sims_ray.studies.console import align
 from sims_ray.studies.sims import SimsRun
 
 ROWS = 512
 SHAPE = (3, 32, 32)
+LINE_STEPS = 2  # steps between two lines of the training log
+WORKER = rb"^ray::RayTrainWorker|-m\x00?.*benchmarks.train\x00worker"
+# The allocator's habits differ by chance from process to process, and by up to 5 % of the time of a step.
+SAME_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_MMAP_THRESHOLD_": str(2**34)}
+START_LINES = 2  # lines that belong to the start-up
 
 
 def job_in(folder: Path, options: argparse.Namespace) -> TrainJob:
@@ -53,7 +62,7 @@ def job_in(folder: Path, options: argparse.Namespace) -> TrainJob:
         f"train.batch_size={options.batch}",
         f"train.duration_kimg={kimg}",
         f"train.checkpoint_kimg={10 * kimg}",
-        f"train.log_kimg={options.batch * 2 / 1000}",
+        f"train.log_kimg={options.batch * LINE_STEPS / 1000}",
         "features.kind=pixels",
     ]
     job = SimsRun(load_recipe("images32", overrides), folder / "out").plan.base_job
@@ -62,34 +71,79 @@ def job_in(folder: Path, options: argparse.Namespace) -> TrainJob:
     return job
 
 
-def rate(folder: Path) -> float:
-    """Images per second of a finished run, without its first two log lines."""
-    rows = read_metrics(folder)[2:]
-    return statistics.median(row["images_per_s"] for row in rows)
+def descendants(pid: int) -> list[int]:
+    """A process and all that it has started."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parent = int(entry.read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(entry.parent.name))
+    found = [pid]
+    for one in found:  # grows as it goes
+        found += children.get(one, [])
+    return found
 
 
-def with_ray(options: argparse.Namespace, workers: int) -> float:
-    """Images per second of the training stage."""
-    with tempfile.TemporaryDirectory() as name:
-        job = job_in(Path(name), options)
-        train(job, ComputeSettings(num_workers=workers), lambda row: None)
-        return rate(job.artifact.path)
+def workers_of(process: subprocess.Popen[bytes]) -> list[int]:
+    """The processes of a competitor that train."""
+    commands = {pid: Path(f"/proc/{pid}/cmdline") for pid in descendants(process.pid)}
+    return [pid for pid, command in commands.items() if re.search(WORKER, command.read_bytes())]
 
 
-def with_torchrun(options: argparse.Namespace, workers: int) -> float:
-    """Images per second of the same steps in processes of torchrun."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        job_in(folder, options)
-        arguments = [f"--{key}={getattr(options, key)}" for key in ("steps", "batch", "channels")]
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"]
-        subprocess.run(
-            [sys.executable, *launch, "-m", "benchmarks.train", "worker", f"--folder={folder}", *arguments],
-            check=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.DEVNULL,
-        )
-        return rate(folder)
+def signal_to(pids: Iterable[int], number: signal.Signals) -> None:
+    """Stop processes, let them go on, or end them."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a competitor with all that it has started."""
+    signal_to(descendants(process.pid), signal.SIGKILL)
+
+
+def take_turns(commands: dict[str, list[str]], options: argparse.Namespace) -> dict[str, list[float]]:
+    """Images per second of competitors that take turns of one log line; the workers of the other are stopped."""
+    rates: dict[str, list[float]] = {name: [] for name in commands}
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        runs: dict[str, tuple[subprocess.Popen[bytes], Path, list[int]]] = {}
+        for competitor, command in commands.items():
+            folder = Path(name) / str(len(runs))
+            folder.mkdir()
+            errors = stack.enter_context((folder / "errors.txt").open("wb"))
+            arguments = [f"--{key}={getattr(options, key)}" for key in ("steps", "batch", "channels")]
+            process = subprocess.Popen(
+                [sys.executable, *command, f"--folder={folder}", *arguments],
+                env={**os.environ, **SAME_MEMORY, "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+            )
+            stack.callback(end, process)
+            wait_for_line(process, folder, START_LINES)
+            runs[competitor] = process, folder, workers_of(process)
+            signal_to(runs[competitor][2], signal.SIGSTOP)
+        for line in range(START_LINES + 1, options.steps // LINE_STEPS + 1):
+            for competitor, (process, folder, pids) in runs.items():
+                signal_to(pids, signal.SIGCONT)
+                started_s = time.perf_counter()
+                wait_for_line(process, folder, line)
+                rates[competitor].append(LINE_STEPS * options.batch / (time.perf_counter() - started_s))
+                signal_to(pids, signal.SIGSTOP)
+        for process, _, pids in runs.values():
+            signal_to(pids, signal.SIGCONT)
+            process.wait()
+    return rates
+
+
+def wait_for_line(process: subprocess.Popen[bytes], folder: Path, number: int) -> None:
+    """Return when the log of a competitor has that many lines."""
+    while True:
+        with suppress(StopIteration):
+            if next(folder.rglob(METRICS)).read_bytes().count(b'"nimg"') >= number:
+                return
+        if process.poll() is not None:
+            raise RuntimeError((folder / "errors.txt").read_text())
+        time.sleep(0.003)
 
 
 def worker(options: argparse.Namespace) -> None:
@@ -103,7 +157,7 @@ def worker(options: argparse.Namespace) -> None:
     log = TrainingLog(options.folder, 0) if rank == 0 else None
     for step in range(1, options.steps + 1):
         training.step()
-        if step % 2 == 0:
+        if step % LINE_STEPS == 0:
             loss = training.pop_loss()
             if log is not None:
                 log.write(training.nimg, loss)
@@ -127,26 +181,39 @@ def build(job: TrainJob, rank: int = 0, world_size: int = 1, channels_last: bool
     )
 
 
+def torchrun(workers: int) -> list[str]:
+    """The command of so many processes under torchrun."""
+    return [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={workers}",
+        "-m",
+        "benchmarks.train",
+        "worker",
+    ]
+
+
+def with_ray(options: argparse.Namespace) -> None:
+    """The training stage, on a Ray of its own."""
+    compute = ComputeSettings(num_workers=options.workers)
+    start_ray(compute)
+    train(job_in(options.folder, options), compute, lambda row: None)
+    stop_ray()
+
+
 def ray(options: argparse.Namespace) -> None:
     """Ray Train against torchrun."""
-    start_ray(ComputeSettings(num_workers=options.workers))
-    rates: dict[str, list[float]] = {"torchrun": [], "Ray Train": []}
-    for _ in range(options.turns):
-        rates["torchrun"].append(with_torchrun(options, options.workers))
-        rates["Ray Train"].append(with_ray(options, options.workers))
-    stop_ray()
-    show(rates, options)
+    with_ray = ["-m", "benchmarks.train", "with-ray", f"--workers={options.workers}"]
+    show(take_turns({"torchrun": torchrun(options.workers), "Ray Train": with_ray}, options), options)
 
 
 def scaling(options: argparse.Namespace) -> None:
     """Two workers of one thread against one."""
-    rates: dict[str, list[float]] = {"1 worker": [], "2 workers": []}
-    for _ in range(options.turns):
-        rates["1 worker"].append(with_torchrun(options, 1))
-        rates["2 workers"].append(with_torchrun(options, 2))
+    rates = take_turns({"1 worker": torchrun(1), "2 workers": torchrun(2)}, options)
     show(rates, options)
-    best = {name: max(values) for name, values in rates.items()}
-    print(f"scaling efficiency: {best['2 workers'] / best['1 worker'] / 2:.3f}")
+    one, two = (statistics.median(values) for values in rates.values())
+    print(f"scaling efficiency: {two / one / 2:.3f}")
 
 
 def variants(options: argparse.Namespace) -> None:
@@ -196,14 +263,12 @@ def compiled(training: Training, what: str) -> Training:
 
 
 def show(rates: dict[str, list[float]], options: argparse.Namespace) -> None:
-    """Print the fastest and the median of each, against the first."""
+    """Print the rates, and the median of their ratios to the first competitor, turn by turn."""
     first = next(iter(rates.values()))
-    rows = [("", "images/s, best", "ratio", "images/s, median", "ratio")]
+    rows = [("", "images/s", "ratio", "of half the turns")]
     for name, values in rates.items():
-        words = []
-        for figure in (max, statistics.median):
-            words += [f"{figure(values):.2f}", f"{figure(values) / figure(first):.3f}"]
-        rows.append((name, *words))
+        low, middle, high = statistics.quantiles([one / other for one, other in zip(values, first, strict=True)], n=4)
+        rows.append((name, f"{statistics.median(values):.2f}", f"{middle:.3f}", f"{low:.3f} to {high:.3f}"))
     print(options)
     print(align(rows))
 
@@ -211,15 +276,15 @@ def show(rates: dict[str, list[float]], options: argparse.Namespace) -> None:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["ray", "scaling", "variants", "worker"])
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("what", choices=["ray", "scaling", "variants", "worker", "with-ray"])
+    parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--channels", type=int, default=32)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
-    {"ray": ray, "scaling": scaling, "variants": variants, "worker": worker}[options.what](options)
+    ways = {"ray": ray, "scaling": scaling, "variants": variants, "worker": worker, "with-ray": with_ray}
+    ways[options.what](options)
 
 
 if __name__ == "__main__":
