@@ -1,11 +1,13 @@
 """Base training on a cluster of several nodes that come and go; a process of its own, begun in the repository.
 
 python -m tests.stages.cluster_training lose OUT NIMG
+python -m tests.stages.cluster_training notice OUT NIMG
 python -m tests.stages.cluster_training resize OUT RECORDS
 """
 
 import json
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -20,8 +22,9 @@ from sims_ray.diffusion.order import Rows, Share, TrainingData
 from sims_ray.stages.cluster import QUIET, stop_ray
 from sims_ray.stages.reading import Source
 from sims_ray.stages.training_set import TrainingSet
+from sims_ray.storage.training_states import TrainingStates
 from tests.processes import MARK, parent, titled
-from tests.stages.training_runs import DEADLINE_S, SETTINGS, STOP_NIMG, await_true, trained_nimg
+from tests.stages.training_runs import DEADLINE_S, SETTINGS, STOP_NIMG, await_true, folder_of, trained_nimg
 
 WORKER = "ray::RayTrainWorker"
 SOON = {"health_check_period_ms": 500, "health_check_failure_threshold": 4}  # a lost node is noticed in seconds
@@ -89,12 +92,21 @@ class Nodes:
         self.nodes += [self.cluster.add_node(num_cpus=1, object_store_memory=100 << 20) for _ in range(number)]
         self.cluster.wait_for_nodes()
 
-    def lose(self) -> None:
-        """Take away a node that holds a training worker, with all its processes."""
+    def at_work(self) -> Any:
+        """A node that holds a training worker."""
         raylets = {parent(pid) for pid in titled(os.environ[MARK], WORKER)}
-        lost = next(n for n in self.nodes if n.all_processes["raylet"][0].process.pid in raylets)
-        self.nodes.remove(lost)
-        self.cluster.remove_node(lost, allow_graceful=False)
+        return next(n for n in self.nodes if n.all_processes["raylet"][0].process.pid in raylets)
+
+    def lose(self, node: Any) -> None:
+        """Take away a node with all its processes."""
+        self.nodes.remove(node)
+        self.cluster.remove_node(node, allow_graceful=False)
+
+    def give_notice(self, node: Any) -> None:
+        """Have it known that a node will be taken away, as a provider of spot machines does."""
+        words = ["drain-node", f"--address={self.cluster.address}", f"--node-id={node.node_id}"]
+        reason = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", "--deadline-remaining-seconds=600"]
+        subprocess.run([sys.executable, "-m", "ray.scripts.scripts", *words, *reason], check=True)
 
     def end(self) -> None:
         stop_ray()
@@ -136,7 +148,21 @@ def lose(out: Path, nimg: int) -> None:
     nodes.grow(3)
     trainer = Trainer(out, "compute.num_workers=2")
     trainer.wait(lambda: trained_nimg(out) >= nimg, f"{nimg} images were seen")
-    nodes.lose()
+    nodes.lose(nodes.at_work())
+    trainer.end()
+    nodes.end()
+
+
+def notice(out: Path, nimg: int) -> None:
+    """Two workers on three nodes, one of which is lost some time after notice was given."""
+    nodes = Nodes()
+    nodes.grow(3)
+    trainer = Trainer(out, "compute.num_workers=2", f"train.checkpoint_kimg={STOP_NIMG / 1000:g}")
+    trainer.wait(lambda: trained_nimg(out) >= nimg, f"{nimg} images were seen")
+    node = nodes.at_work()
+    nodes.give_notice(node)
+    trainer.wait(lambda: TrainingStates(folder_of(out)).paths(), "a checkpoint was written")
+    nodes.lose(node)
     trainer.end()
     nodes.end()
 
@@ -163,7 +189,7 @@ def resize(out: Path, records: Path) -> None:
     wait_at(records, SHRUNK_NIMG)
     trainer.wait(lambda: trained_nimg(out) >= SHRUNK_NIMG, "three workers had trained")
     before = opened(records, 2)
-    nodes.lose()
+    nodes.lose(nodes.at_work())
     trainer.wait(lambda: len(opened(records, 2) - before) == 2, "two workers were at work")
     wait_at(records, 2 * STOP_NIMG)
     trainer.end()
@@ -179,7 +205,7 @@ def wait_at(records: Path, nimg: int) -> None:
 
 if __name__ == "__main__":
     out = Path(sys.argv[2])
-    if sys.argv[1] == "lose":
-        lose(out, int(sys.argv[3]))
-    else:
+    if sys.argv[1] == "resize":
         resize(out, Path(sys.argv[3]))
+    else:
+        {"lose": lose, "notice": notice}[sys.argv[1]](out, int(sys.argv[3]))
