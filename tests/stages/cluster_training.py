@@ -1,7 +1,7 @@
 """Base training on a cluster of several nodes that come and go; a process of its own, begun in the repository.
 
 python -m tests.stages.cluster_training lose OUT NIMG
-python -m tests.stages.cluster_training notice OUT NIMG
+python -m tests.stages.cluster_training notice OUT RECORDS
 python -m tests.stages.cluster_training resize OUT RECORDS
 """
 
@@ -24,12 +24,13 @@ from sims_ray.stages.reading import Source
 from sims_ray.stages.training_set import TrainingSet
 from sims_ray.storage.training_states import TrainingStates
 from tests.processes import MARK, parent, titled
-from tests.stages.training_runs import DEADLINE_S, SETTINGS, STOP_NIMG, await_true, folder_of, trained_nimg
+from tests.stages.training_runs import BATCH_NIMG, DEADLINE_S, SETTINGS, STOP_NIMG, await_true, folder_of, trained_nimg
 
 WORKER = "ray::RayTrainWorker"
 SOON = {"health_check_period_ms": 500, "health_check_failure_threshold": 4}  # a lost node is noticed in seconds
 PATIENCE = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15"}  # after a loss Ray first waits for what is gone
 LIMIT = "limit"  # file with the images seen at which every worker waits
+NOTICED_NIMG = 1536  # where training waits while notice is given
 GROWN_NIMG, SHRUNK_NIMG = 2240, 5312  # where training waits to be given two nodes, and to lose one
 
 
@@ -153,33 +154,30 @@ def lose(out: Path, nimg: int) -> None:
     nodes.end()
 
 
-def notice(out: Path, nimg: int) -> None:
+def notice(out: Path, records: Path) -> None:
     """Two workers on three nodes, one of which is lost some time after notice was given."""
+    hold(records, NOTICED_NIMG)
     nodes = Nodes()
     nodes.grow(3)
     trainer = Trainer(out, "compute.num_workers=2", f"train.checkpoint_kimg={STOP_NIMG / 1000:g}")
-    trainer.wait(lambda: trained_nimg(out) >= nimg, f"{nimg} images were seen")
+    trainer.wait(lambda: trained_nimg(out) >= NOTICED_NIMG, f"{NOTICED_NIMG} images were seen")
     node = nodes.at_work()
     nodes.give_notice(node)
-    trainer.wait(lambda: TrainingStates(folder_of(out)).paths(), "a checkpoint was written")
+    for nimg in range(NOTICED_NIMG + BATCH_NIMG, STOP_NIMG, BATCH_NIMG):  # a step at a time: notice takes its time
+        wait_at(records, nimg)
+        trainer.wait(lambda nimg=nimg: trained_nimg(out) >= nimg, f"{nimg} images were seen")
+        time.sleep(0.2)
+        if TrainingStates(folder_of(out)).paths():
+            break
     nodes.lose(node)
+    wait_at(records, 2 * STOP_NIMG)
     trainer.end()
     nodes.end()
 
 
 def resize(out: Path, records: Path) -> None:
     """One to three workers on one node, then three, then two."""
-    import sims_ray.stages.train as stage
-
-    open_source = stage.open_source
-
-    @contextmanager
-    def recorded(*args: Any) -> Iterator[Recorded]:
-        with open_source(*args) as source:
-            yield Recorded(source, records)
-
-    stage.open_source = recorded
-    wait_at(records, GROWN_NIMG)
+    hold(records, GROWN_NIMG)
     nodes = Nodes()
     nodes.grow(1)
     trainer = Trainer(out, "compute.num_workers=1", "compute.max_workers=3", "compute.resize_s=2")
@@ -196,6 +194,21 @@ def resize(out: Path, records: Path) -> None:
     nodes.end()
 
 
+def hold(records: Path, nimg: int) -> None:
+    """Have every worker of the trainings of this process write down what it is given, and wait at `nimg`."""
+    import sims_ray.stages.train as stage
+
+    open_source = stage.open_source
+
+    @contextmanager
+    def recorded(*args: Any) -> Iterator[Recorded]:
+        with open_source(*args) as source:
+            yield Recorded(source, records)
+
+    stage.open_source = recorded
+    wait_at(records, nimg)
+
+
 def wait_at(records: Path, nimg: int) -> None:
     """Let training go on, as far as `nimg` images seen."""
     beside = records / f".{LIMIT}"
@@ -205,7 +218,7 @@ def wait_at(records: Path, nimg: int) -> None:
 
 if __name__ == "__main__":
     out = Path(sys.argv[2])
-    if sys.argv[1] == "resize":
-        resize(out, Path(sys.argv[3]))
+    if sys.argv[1] == "lose":
+        lose(out, int(sys.argv[3]))
     else:
-        {"lose": lose, "notice": notice}[sys.argv[1]](out, int(sys.argv[3]))
+        {"resize": resize, "notice": notice}[sys.argv[1]](out, Path(sys.argv[3]))
