@@ -41,7 +41,6 @@ from sims_ray.studies.sims import SimsRun
 
 ROWS = 512
 SHAPE = (3, 32, 32)
-LINE_STEPS = 2  # steps between two lines of the training log
 WORKER = rb"^ray::RayTrainWorker|-m\x00?.*benchmarks.train\x00worker"
 # The allocator's habits differ by chance from process to process, and by up to 5 % of the time of a step.
 SAME_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_MMAP_THRESHOLD_": str(2**34)}
@@ -62,7 +61,7 @@ def job_in(folder: Path, options: argparse.Namespace) -> TrainJob:
         f"train.batch_size={options.batch}",
         f"train.duration_kimg={kimg}",
         f"train.checkpoint_kimg={10 * kimg}",
-        f"train.log_kimg={options.batch * LINE_STEPS / 1000}",
+        f"train.log_kimg={options.batch * options.line_steps / 1000}",
         "features.kind=pixels",
     ]
     job = SimsRun(load_recipe("images32", overrides), folder / "out").plan.base_job
@@ -112,7 +111,10 @@ def take_turns(commands: dict[str, list[str]], options: argparse.Namespace) -> d
             folder.mkdir()
             job_in(folder, options)  # the table lies there before the workers look for it
             errors = stack.enter_context((folder / "errors.txt").open("wb"))
-            arguments = [f"--{key}={getattr(options, key)}" for key in ("steps", "batch", "channels")]
+            arguments = [
+                f"--{key}={getattr(options, key.replace('-', '_'))}"
+                for key in ("steps", "batch", "channels", "line-steps")
+            ]
             process = subprocess.Popen(
                 [sys.executable, *command, f"--folder={folder}", *arguments],
                 env={**os.environ, **SAME_MEMORY, "OMP_NUM_THREADS": "1"},
@@ -123,12 +125,12 @@ def take_turns(commands: dict[str, list[str]], options: argparse.Namespace) -> d
             wait_for_line(process, folder, START_LINES)
             runs[competitor] = process, folder, workers_of(process)
             signal_to(runs[competitor][2], signal.SIGSTOP)
-        for line in range(START_LINES + 1, options.steps // LINE_STEPS + 1):
+        for line in range(START_LINES + 1, options.steps // options.line_steps + 1):
             for competitor, (process, folder, pids) in runs.items():
                 signal_to(pids, signal.SIGCONT)
                 started_s = time.perf_counter()
                 wait_for_line(process, folder, line)
-                rates[competitor].append(LINE_STEPS * options.batch / (time.perf_counter() - started_s))
+                rates[competitor].append(options.line_steps * options.batch / (time.perf_counter() - started_s))
                 signal_to(pids, signal.SIGSTOP)
         for process, _, pids in runs.values():
             signal_to(pids, signal.SIGCONT)
@@ -158,7 +160,7 @@ def worker(options: argparse.Namespace) -> None:
     log = TrainingLog(options.folder, 0) if rank == 0 else None
     for step in range(1, options.steps + 1):
         training.step()
-        if step % LINE_STEPS == 0:
+        if step % options.line_steps == 0:
             loss = training.pop_loss()
             if log is not None:
                 log.write(training.nimg, loss)
@@ -281,6 +283,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--channels", type=int, default=32)
+    parser.add_argument("--line-steps", type=int, default=2, help="steps between two lines of the log: one turn")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--apart", action="store_true")
