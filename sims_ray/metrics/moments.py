@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,3 +82,28 @@ def merge_all(parts: Iterable[Moments]) -> Moments:
     if total is None:
         raise ValueError("no moments to merge; evaluate at least one image")
     return total
+
+
+def grouped_moments(features: NDArray[np.floating], groups: NDArray[np.integer]) -> dict[int, Moments]:
+    """Moments of the features [N, F] of each group [N], a class or an attribute, by its number in rising order.
+
+    Group -1, of images without label, is a group like others. Holds F^2 numbers per group.
+
+    Raises:
+        ValueError: not one whole number per vector.
+    """
+    if groups.shape != (len(features),) or groups.dtype.kind not in "iu":
+        raise ValueError(
+            f"groups of type {groups.dtype} and shape {groups.shape} do not fit {len(features)} feature vectors; "
+            f"give one integer for each"
+        )
+    return {int(group): Moments.of(features[groups == group]) for group in np.unique(groups)}
+
+
+def merge_groups(parts: Iterable[Mapping[int, Moments]]) -> dict[int, Moments]:
+    """Merge moments by group in the given order; a group may be missing in some parts."""
+    total: dict[int, Moments] = {}
+    for part in parts:
+        for group, moments in part.items():
+            total[group] = total[group].merge(moments) if group in total else moments
+    return dict(sorted(total.items()))

@@ -1,4 +1,5 @@
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.linalg import sqrtm
 
-from sims_ray.metrics.frechet import frechet_distance
+from sims_ray.metrics.frechet import Statistics, frechet_distance
 from sims_ray.metrics.moments import Moments
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -93,3 +94,68 @@ def test_the_distance_of_the_reference_features_is_the_reference_number() -> Non
 def test_features_of_different_width_are_refused() -> None:
     with pytest.raises(ValueError, match="width 3 and 4 cannot be compared"):
         frechet_distance(gaussian(np.zeros(3), np.eye(3)), gaussian(np.zeros(4), np.eye(4)))
+
+
+def test_a_covariance_over_n_instead_of_n_minus_1_would_miss_the_reference_number() -> None:
+    arrays = np.load(GOLDEN / "metrics.npz")
+    expected = json.loads((GOLDEN / "metrics.json").read_text())["frechet"]
+    a, b = (Statistics(x.mean(0, np.float64), np.cov(x, rowvar=False, bias=True)) for x in arrays.values())
+    assert abs(frechet_distance(a, b) - expected) > 1e-4
+
+
+def test_statistics_and_moments_of_the_same_features_are_at_distance_0() -> None:
+    moments = Moments.of(np.random.default_rng(0).normal(size=(90, 6)))
+    assert frechet_distance(Statistics(moments.mean, moments.covariance), moments) == pytest.approx(0, abs=1e-12)
+
+
+def test_a_common_factor_of_low_rank_keeps_every_digit() -> None:
+    basis = rotation(30)[:, :4]
+    a, b = np.array([4.0, 1.0, 9.0, 0.25]), np.array([1.0, 1.0, 4.0, 4.0])
+    distance = frechet_distance(
+        gaussian(np.zeros(30), basis * a @ basis.T), gaussian(np.zeros(30), basis * b @ basis.T)
+    )
+    assert distance == pytest.approx(1 + 0 + 1 + 2.25, abs=1e-10)
+
+
+@pytest.mark.parametrize("least", [1e-3, 1e-6, 1e-9, 1e-11])
+def test_small_variances_along_common_directions_do_not_spoil_the_distance(least: float) -> None:
+    basis, a = rotation(60), np.geomspace(1, least, 60)
+    sides = [gaussian(np.zeros(60), basis * variances @ basis.T) for variances in (a, 4 * a)]
+    assert frechet_distance(*sides) == pytest.approx(a.sum(), abs=1e-8)
+
+
+def test_a_side_without_variance_is_as_far_as_the_variance_of_the_other() -> None:
+    distance = frechet_distance(gaussian(np.zeros(4), np.zeros((4, 4))), gaussian(np.ones(4), 2 * np.eye(4)))
+    assert distance == pytest.approx(4 + 8, abs=1e-12)
+
+
+def test_no_more_images_than_features_is_warned_of_once_for_each_n(caplog: pytest.LogCaptureFixture) -> None:
+    few = {n: Moments.of(np.random.default_rng(n).normal(size=(n, 23))) for n in (11, 12, 23, 24)}
+    with caplog.at_level(logging.WARNING, "sims_ray"):
+        for n in (11, 11, 12, 23, 24):
+            assert np.isfinite(frechet_distance(few[n], few[24]))
+    found = [record.getMessage() for record in caplog.records if record.name == "sims_ray"]
+    assert len(found) == 3
+    assert "n = 11 images in F = 23 features" in found[0] and "use more than 23 images" in found[0]
+    assert "n = 23 " in found[2]
+
+
+def test_deficient_statistics_of_unknown_n_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    covariance = random_covariance(21, 9, 0)
+    with caplog.at_level(logging.WARNING, "sims_ray"):
+        frechet_distance(Statistics(np.zeros(21), covariance), Statistics(np.zeros(21), np.eye(21)))
+    assert "F = 21 features has rank 9" in caplog.text
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_moments_that_are_not_finite_are_refused(broken: float) -> None:
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        frechet_distance(gaussian(np.zeros(2), np.full((2, 2), broken)), gaussian(np.zeros(2), np.eye(2)))
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        frechet_distance(gaussian(np.zeros(2), np.eye(2)), gaussian(np.full(2, broken), np.eye(2)))
+
+
+def test_a_covariance_of_another_width_is_refused() -> None:
+    with pytest.raises(ValueError, match="needs F x F"):
+        frechet_distance(Statistics(np.zeros(3), np.eye(4)), gaussian(np.zeros(3), np.eye(3)))

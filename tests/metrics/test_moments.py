@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from sims_ray.metrics.features import feature_moments, images_moments, pixel_features
-from sims_ray.metrics.moments import Moments, merge_all
+from sims_ray.metrics.moments import Moments, grouped_moments, merge_all, merge_groups
 
 
 def features(n: int = 500, width: int = 7, seed: int = 0) -> NDArray[np.float64]:
@@ -90,3 +90,26 @@ def test_pixel_moments_are_those_of_the_images_in_unit_range_however_they_are_ba
 def test_an_empty_batch_is_refused_rather_than_turned_into_nan() -> None:
     with pytest.raises(ValueError, match="at least one image"):
         Moments.of(np.zeros((0, 3)))
+
+
+def test_moments_of_groups_are_those_of_their_rows_and_merge_to_those_of_all() -> None:
+    batch, groups = features(200), np.random.default_rng(0).integers(-1, 4, 200)
+    grouped = grouped_moments(batch, groups)
+    assert list(grouped) == [-1, 0, 1, 2, 3]
+    for group, moments in grouped.items():
+        assert_equal_to(moments, Moments.of(batch[groups == group]))
+    assert_equal_to(merge_all(grouped.values()), Moments.of(batch))
+
+
+def test_groups_of_parts_merge_to_the_groups_of_all_where_some_are_missing() -> None:
+    batch, groups = features(60), np.repeat([7, 2, 5], 20).astype(np.int32)
+    merged = merge_groups(grouped_moments(batch[a:b], groups[a:b]) for a, b in ((0, 30), (30, 35), (35, 60)))
+    assert list(merged) == [2, 5, 7]
+    for group, moments in grouped_moments(batch, groups).items():
+        assert_equal_to(merged[group], moments)
+
+
+@pytest.mark.parametrize("groups", [np.zeros(9, int), np.zeros(10), np.zeros((10, 1), int)])
+def test_groups_that_do_not_fit_the_features_are_refused(groups: NDArray[np.int64]) -> None:
+    with pytest.raises(ValueError, match="do not fit 10 feature vectors"):
+        grouped_moments(features(10), groups)
