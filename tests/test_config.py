@@ -37,7 +37,7 @@ def test_every_built_in_recipe_loads_under_its_own_name(name: str) -> None:
         ("train.batch_size=1.5", ["train.batch_size=1.5", "valid integer"]),
         ("network.channel_mult=2", ["network.channel_mult=2", "valid tuple"]),
         ("data=digits", ["data='digits'", "valid dictionary"]),
-        ("features.kind=inception", ["features.kind='inception'", "'classifier' or 'pixels'"]),
+        ("features.kind=vgg", ["features.kind='vgg'", "'dinov2' or 'pixels'"]),
         # out of range
         ("train.lr=-1", ["train.lr=-1", "greater than 0"]),
         ("train.lr=.inf", ["train.lr=inf", "finite number"]),

@@ -15,18 +15,19 @@ from sims_ray.data.table import SampleTable
 from sims_ray.diffusion.noise import step_generator
 from sims_ray.diffusion.order import TrainingOrder
 from sims_ray.errors import SimsError
-from sims_ray.metrics.features import FeatureExtractor, images_moments, pixel_features
+from sims_ray.metrics.features import images_moments
 from sims_ray.metrics.moments import Moments, merge_all
 from sims_ray.nn.classifier import FeatureClassifier
 from sims_ray.stages.cluster import as_sentence, start_ray
+from sims_ray.stages.extractors import CLASSIFIER, Extractor, load_extractor_of, weights_digest
 from sims_ray.stages.progress import Progress
 from sims_ray.storage.artifacts import Artifact, read_manifest
 from sims_ray.storage.checkpoints import load_tensors, save_tensors
-from sims_ray.storage.folders import atomic_path
+from sims_ray.storage.folders import absolute, atomic_path
+from sims_ray.storage.stores import is_uri
 
 logger = logging.getLogger("sims_ray")
 
-CLASSIFIER = "classifier.safetensors"
 REFERENCE = "reference.npz"
 REPORT_STEPS = 50
 
@@ -39,12 +40,17 @@ def make_features(artifact: Artifact, settings: FeatureSettings, table: str | Pa
     """
     if settings.kind == "classifier" and SampleTable(table).num_classes < 2:
         raise SimsError(f"{table} has no labels to train a feature classifier on; set features.kind=pixels")
+    name = "classifier"
+    if settings.kind != "classifier":  # that the weights are whole, and of such images, before any work
+        extractor = load_extractor_of(settings.kind, settings.weights)
+        extractor.check(SampleTable(table).shape)
+        name = extractor.name
     nimg = settings.steps * settings.batch_size if settings.kind == "classifier" else len(SampleTable(table))
     progress = Progress(f"features ({settings.kind})", nimg)
     for done_nimg in _in_worker(artifact, settings, table, compute):
         progress.update(done_nimg)
     files = [REFERENCE] + ([CLASSIFIER] if settings.kind == "classifier" else [])
-    result: dict[str, Any] = {"kind": settings.kind}
+    result: dict[str, Any] = {"kind": settings.kind, "name": name, "weights": absolute_weights(settings)}
     if settings.kind == "classifier":
         result["accuracy"] = load_tensors(artifact.path / CLASSIFIER)[1]["accuracy"]
         logger.info("features: the classifier gets %.1f %% of its training images right", result["accuracy"] * 100)
@@ -68,11 +74,37 @@ def _in_worker(
         raise as_sentence(error, "making the features") from error
 
 
-def load_extractor(folder: Path) -> FeatureExtractor:
+def load_extractor(folder: Path, device: torch.device | str = "cpu") -> Extractor:
     """The feature extractor of a features artifact."""
-    if read_manifest(folder)["result"]["kind"] == "pixels":
-        return pixel_features
-    return _load_classifier(folder / CLASSIFIER).features
+    result = read_manifest(folder)["result"]
+    if result["kind"] == "classifier":
+        return load_extractor_of("checkpoint", str(folder / CLASSIFIER), device)
+    return load_extractor_of(result["kind"], result.get("weights"), device)
+
+
+def feature_name(folder: Path) -> str:
+    """What metrics in the features of an artifact are named after."""
+    result = read_manifest(folder)["result"]
+    name: str = result.get("name", result["kind"])
+    return name
+
+
+def feature_content(settings: FeatureSettings) -> dict[str, Any]:
+    """The settings that features depend on, the weights by their content.
+
+    Raises:
+        SimsError: the file of the weights is missing.
+    """
+    content = settings.model_dump(mode="json", exclude={"weights"})
+    if settings.kind != "classifier" and (digest := weights_digest(settings.kind, settings.weights)) is not None:
+        content["weights_sha256"] = digest
+    return content
+
+
+def absolute_weights(settings: FeatureSettings) -> str | None:
+    """Where the weights lie, as workers on any node find them."""
+    weights = settings.weights
+    return absolute(weights) if weights is not None and (is_uri(weights) or Path(weights).exists()) else weights
 
 
 def load_reference(folder: Path) -> Moments:
@@ -80,22 +112,28 @@ def load_reference(folder: Path) -> Moments:
     return Moments.load(folder / REFERENCE)
 
 
-def _make(artifact: Artifact, settings: FeatureSettings, table_path: str | Path, threads: int | None) -> Iterator[int]:
+def _make(
+    artifact: Artifact, settings: FeatureSettings, table_path: str | Path, threads: int | None, device: str = "cpu"
+) -> Iterator[int]:
     if threads:
         torch.set_num_threads(threads)
     table = SampleTable(table_path)
     artifact.path.mkdir(parents=True, exist_ok=True)
-    extractor: FeatureExtractor = pixel_features
     if settings.kind == "classifier":
         torch.manual_seed(step_generator(settings.seed, 0, "classifier").initial_seed())
         net = FeatureClassifier(table.shape[0], table.num_classes, settings.width, settings.feature_dim)
         yield from _train_classifier(net, settings, table, artifact.path / CLASSIFIER)
-        extractor = net.features
-    moments = merge_all(images_moments(extractor, [torch.from_numpy(part.images.copy())]) for part in table.files())
+        extractor = load_extractor_of("checkpoint", str(artifact.path / CLASSIFIER), device)
+    else:
+        extractor = load_extractor_of(settings.kind, absolute_weights(settings), device)
+    parts, done = [], 0
+    for part in table.files():
+        parts.append(images_moments(extractor.features, [torch.from_numpy(part.images.copy())]))
+        done += parts[-1].n
+        if settings.kind != "classifier":
+            yield done
     with atomic_path(artifact.path / REFERENCE) as beside:
-        moments.save(beside)
-    if settings.kind == "pixels":
-        yield moments.n
+        merge_all(parts).save(beside)
 
 
 def _train_classifier(
@@ -122,10 +160,3 @@ def _train_classifier(
     card = {"role": "feature classifier", "architecture": architecture, "data": table.fingerprint, "accuracy": accuracy}
     card["resolution"] = list(table.shape[1:])  # other sizes pass through it as well, but mean nothing
     save_tensors(path, net.state_dict(), card)
-
-
-def _load_classifier(path: Path) -> FeatureClassifier:
-    tensors, card = load_tensors(path)
-    net = FeatureClassifier(**card["architecture"])
-    net.load_state_dict(tensors)
-    return net.eval().requires_grad_(False)

@@ -19,8 +19,8 @@ from sims_ray.data.contact_sheet import contact_sheet, save_sheet
 from sims_ray.diffusion.generate import Batch
 from sims_ray.metrics.features import images_moments
 from sims_ray.metrics.frechet import frechet_distance
-from sims_ray.stages.evaluate import metric_name
-from sims_ray.stages.features import load_extractor, load_reference
+from sims_ray.stages.extractors import FD, metric_name
+from sims_ray.stages.features import feature_name, load_extractor, load_reference
 from sims_ray.stages.sampling import ImageSampler
 from sims_ray.storage.models import SimsModel
 
@@ -91,8 +91,8 @@ def _distance(preview: Preview, batches: Iterator[Batch]) -> dict[str, float]:
         for _ in batches:
             pass
         return {}
-    moments = images_moments(load_extractor(preview.features), (batch.images for batch in batches))
-    name = metric_name(preview.features, len(preview.seeds))
+    moments = images_moments(load_extractor(preview.features).features, (batch.images for batch in batches))
+    name = metric_name(feature_name(preview.features), FD, len(preview.seeds))
     return {name: frechet_distance(moments, load_reference(preview.features))}
 
 

@@ -27,8 +27,8 @@ class ImageSampler:
         # In a process of its own, not in the caller's, where other work goes on.
         self._threads = max(1, int(compute.cpus_per_worker)) if compute.num_workers else None
         self._compute = compute
-        self._device = "cuda" if compute.gpus_per_worker else "cpu"
-        if self._device == "cuda" and not torch.cuda.is_available():
+        self.device = "cuda" if compute.gpus_per_worker else "cpu"
+        if self.device == "cuda" and not torch.cuda.is_available():
             raise SimsError(
                 f"compute.gpus_per_worker={compute.gpus_per_worker:g}, but there is no CUDA device here; set it to 0"
             )
@@ -47,10 +47,10 @@ class ImageSampler:
         if model not in self._batches:
             share = min(self._compute.gpus_per_worker or 1.0, 1.0)
             found = self._compute.sampling_batch
-            self._batches[model] = found or batch_for_memory(denoiser, shape, label_dim, self._device, share)
-            if self._compute.compile or self._device == "cuda":
+            self._batches[model] = found or batch_for_memory(denoiser, shape, label_dim, self.device, share)
+            if self._compute.compile or self.device == "cuda":
                 size = self._compute.micro_batch or min(self._batches[model], nimg)
-                warm_up(denoiser, shape, label_dim, self._device, size)
+                warm_up(denoiser, shape, label_dim, self.device, size)
         return self._batches[model]
 
     def batches(
@@ -87,7 +87,7 @@ class ImageSampler:
                 classes=None if labels is None else class_of_seeds(labels, seeds, first_seed, label_dim),
                 batch_size=batch_size,
                 micro_batch=self._compute.micro_batch,
-                device=self._device,
+                device=self.device,
                 latents=latents,
             )
         except ValueError as error:
@@ -100,7 +100,7 @@ class ImageSampler:
 
     def _load(self, model: SimsModel) -> tuple[Denoiser, tuple[int, int, int], int]:
         """The denoiser, the shape (C, H, W) of its images and its K."""
-        denoiser, card = model.load(self._device, self._compute.precision, self._compute.compile)
+        denoiser, card = model.load(self.device, self._compute.precision, self._compute.compile)
         network = card["network"]
         shape = (network["img_channels"], network["img_resolution"], network["img_resolution"])
         return denoiser, shape, network["label_dim"]

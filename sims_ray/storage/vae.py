@@ -14,6 +14,7 @@ import torch
 
 from sims_ray.errors import SimsError
 from sims_ray.storage.artifacts import sha256_file
+from sims_ray.storage.torchvision import import_torchvision
 
 STOCK_SCALING = 0.18215  # diffusers' default, which old configurations leave out
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
@@ -143,7 +144,7 @@ def _autoencoder() -> Any:
     except ImportError:
         raise _no_diffusers() from None
     try:
-        importlib.import_module("torchvision")
+        import_torchvision()
     except (ImportError, RuntimeError):
         # One that was built for another torch would break diffusers, although the autoencoder does without it.
         utils._torchvision_available = False

@@ -1,24 +1,17 @@
 """Residual networks for CIFAR: the published formula, names and numbers."""
 
-import io
-from pathlib import Path
-from typing import Any
-
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
 from sims_ray.nn.resnet import BasicBlock, CifarResNet
+from tests.shared_data import CIFAR10, WEIGHTS, cifar10_batches
 
-SHARED = Path(__file__).parents[3] / "shared"
-WEIGHTS = SHARED / "weights" / "resnet20-cifar10.safetensors"
-STATISTICS = SHARED / "weights" / "resnet20-cifar10-train-stats.npz"
-CIFAR10 = SHARED / "data" / "cifar10" / "train-0.parquet"
+RESNET20 = WEIGHTS / "resnet20-cifar10.safetensors"
+STATISTICS = WEIGHTS / "resnet20-cifar10-train-stats.npz"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -100,23 +93,17 @@ def test_the_normalisation_is_no_part_of_the_checkpoint() -> None:
     assert not names & {"mean", "std"} and {"conv1.weight", "layer3.0.bn2.running_var", "linear.bias"} <= names
 
 
-def read_cifar10(n: int) -> tuple[Tensor, Any]:
-    rows = next(pq.ParquetFile(CIFAR10).iter_batches(n))
-    pixels = np.stack([np.array(Image.open(io.BytesIO(data))) for data in rows["image"].to_pylist()])
-    return torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()), rows["label"].to_numpy()
-
-
-@pytest.mark.skipif(not (WEIGHTS.is_file() and CIFAR10.is_file()), reason="needs the CIFAR-10 weights and images")
+@pytest.mark.skipif(not (RESNET20.is_file() and CIFAR10.is_dir()), reason="needs the CIFAR-10 weights and images")
 def test_public_weights_know_the_images_and_give_the_features_that_were_measured() -> None:
     net = CifarResNet(20, 10, MEAN, STD)
     assert all(
-        name.endswith("num_batches_tracked") for name in net.load_state_dict(load_file(WEIGHTS), strict=False)[0]
+        name.endswith("num_batches_tracked") for name in net.load_state_dict(load_file(RESNET20), strict=False)[0]
     )
     known = np.load(STATISTICS)
-    x, labels = read_cifar10(500)
+    x, labels = next(cifar10_batches(500))
     with torch.inference_mode():
         features = net.eval().features(x)
-        predicted = net.linear(features).argmax(1).numpy()
-    assert (predicted == labels).mean() > known["train_acc"] - 0.01
+        predicted = net.linear(features).argmax(1)
+    assert (predicted == labels).double().mean() > known["train_acc"] - 0.01
     error = np.sqrt(np.diag(known["train_sigma"]) / len(x))  # of a mean over this many images
     assert (np.abs(features.double().numpy().mean(0) - known["train_mu"]) < 4.5 * error).all()

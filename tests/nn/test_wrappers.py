@@ -1,5 +1,4 @@
 import ast
-import importlib
 import math
 import runpy
 import subprocess
@@ -17,6 +16,7 @@ from sims_ray.diffusion.guidance import sims_guidance
 from sims_ray.diffusion.sampler import heun_sampler, sigma_schedule
 from sims_ray.nn.schedules import ContinuousVP, DiscreteVP, RectifiedFlow, Schedule
 from sims_ray.nn.wrappers import EpsilonDenoiser, NetworkDenoiser, VelocityDenoiser, X0Denoiser, diffusers_denoiser
+from sims_ray.storage.torchvision import import_torchvision
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_network.py"
 MEAN, VARIANCE = 0.3, 0.25
@@ -316,7 +316,7 @@ def diffusers(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The extra, also where a torchvision built for another torch is installed: the U-Net can do without."""
     module = pytest.importorskip("diffusers")
     try:
-        importlib.import_module("torchvision")
+        import_torchvision()
     except (ImportError, RuntimeError):
         monkeypatch.setattr("diffusers.utils.import_utils._torchvision_available", False)
     return module

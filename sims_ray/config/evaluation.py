@@ -1,0 +1,47 @@
+"""Settings of what distances are measured in, and on how many images."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from sims_ray.config.base import Count, Positive, Seed, Settings
+
+
+class FeatureSettings(Settings):
+    """What distances are measured in."""
+
+    kind: Literal["classifier", "checkpoint", "inception", "dinov2", "pixels"] = Field(
+        "classifier",
+        description="'classifier': trained on the real images' labels; 'checkpoint': a classifier's file; "
+        "'inception': clean-fid's; 'dinov2': Meta's; 'pixels': raw pixels",
+    )
+    weights: str | None = Field(
+        None, description="file or URI of the weights of a checkpoint, inception or dinov2; null: fetch the last two"
+    )
+    feature_dim: Annotated[int, Field(ge=2)] = 64
+    width: Count = 32
+    steps: Count = 600
+    batch_size: Count = 128
+    lr: Positive = 1e-3
+    seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _weights_where_they_belong(self) -> Self:
+        if self.kind == "checkpoint" and self.weights is None:
+            raise ValueError("kind=checkpoint needs weights; set features.weights to a classifier's .safetensors file")
+        if self.kind in ("classifier", "pixels") and self.weights is not None:
+            raise ValueError(f"kind={self.kind} takes no weights; leave features.weights out, or set kind=checkpoint")
+        return self
+
+
+class EvaluateSettings(Settings):
+    """The reported distance."""
+
+    n_images: Annotated[int, Field(ge=2)] = Field(50_000, description="images per report block")
+    blocks: Count = Field(3, description="disjoint seed blocks; the spread over them is reported")
+    part_nimg: Count = Field(1_000, description="images per unit of work")
+    matched: bool = Field(
+        True, description="compare with the base at as many network evaluations, and trained on for as many images"
+    )
