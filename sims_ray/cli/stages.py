@@ -151,7 +151,7 @@ def evaluate(
     """Measure the Fréchet distance of one model on the report seeds."""
 
     def action(run: Any) -> None:
-        for block, result in enumerate(run.measure(*run.plan.cell(omega, budget, n_s))):
+        for block, result in enumerate(run.measure(run.plan.cell(omega, budget, n_s))):
             typer.echo(f"block {block}: {result['metric']} = {result['distance']:.3f}")
 
     _run(recipe, set_, out, dry_run, workers, action, budgets)
@@ -169,11 +169,12 @@ def tune(
     """Search omega, B and n_s with Ray Tune."""
 
     def action(run: Any) -> None:
-        selected = run.tune()
-        typer.echo(
-            f"selected omega={selected['omega']:g}, B={selected['budget_kimg']:g} kimg, n_s={selected['n_s']}: "
-            f"{selected['metric']} = {selected['distance']:.3f} on the selection seeds"
-        )
+        for best in run.tune()["best"].values():
+            strength = "w" if best.get("space") == "weight" else "omega"
+            typer.echo(
+                f"selected {strength}={best['omega']:g}, B={best['budget_kimg']:g} kimg, n_s={best['n_s']}: "
+                f"{best['metric']} = {best['distance']:.3f} on the selection seeds"
+            )
 
     _run(recipe, set_, out, dry_run, workers, action, budgets)
 

@@ -5,21 +5,18 @@ before any work, with its dotted name.
 """
 
 from sims_ray.config.base import SEED_LIMIT
+from sims_ray.config.evaluation import EvaluateSettings, FeatureSettings
 from sims_ray.config.loading import builtin_recipes, load_recipe, preset_network
 from sims_ray.config.presets import Preset, presets
-from sims_ray.config.settings import (
-    ComputeSettings,
-    FeatureSettings,
-    GuidanceSettings,
-    Recipe,
-    SamplerSettings,
-    TrackingSettings,
-)
+from sims_ray.config.sampling import GuidanceSettings, SamplerSettings
+from sims_ray.config.search import TuneSettings
+from sims_ray.config.settings import ComputeSettings, Recipe, TrackingSettings
 from sims_ray.config.training import FinetuneSettings, NetworkSettings, OptimizerSettings, TrainSettings
 
 __all__ = [
     "SEED_LIMIT",
     "ComputeSettings",
+    "EvaluateSettings",
     "FeatureSettings",
     "FinetuneSettings",
     "GuidanceSettings",
@@ -30,6 +27,7 @@ __all__ = [
     "SamplerSettings",
     "TrackingSettings",
     "TrainSettings",
+    "TuneSettings",
     "builtin_recipes",
     "load_recipe",
     "preset_network",

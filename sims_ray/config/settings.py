@@ -5,8 +5,11 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from sims_ray.config.base import SEED_LIMIT, Count, NonNegative, Omega, Positive, Seed, Settings
+from sims_ray.config.base import SEED_LIMIT, Count, NonNegative, Positive, Seed, Settings
+from sims_ray.config.evaluation import EvaluateSettings, FeatureSettings
 from sims_ray.config.labels import LabelSettings
+from sims_ray.config.sampling import GuidanceSettings, SamplerSettings
+from sims_ray.config.search import TuneSettings
 from sims_ray.config.training import FinetuneSettings, NetworkSettings, TrainSettings
 
 
@@ -21,44 +24,6 @@ class DataSettings(Settings):
     )
 
 
-class SamplerSettings(Settings):
-    """How images are drawn from a model."""
-
-    solver: Literal["heun", "euler", "ddim", "ddpm"] = Field("heun", description="heun and euler know S_churn")
-    state_dtype: Literal["float64", "float32"] = Field("float64", description="of the image between steps")
-    num_steps: Count = 18
-    sigma_min: Positive = 0.002
-    sigma_max: Positive = 80.0
-    rho: Positive = 7.0
-    S_churn: NonNegative = 0.0
-    S_min: NonNegative = 0.0
-    S_max: NonNegative = 1e9
-    S_noise: Positive = 1.0
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.sigma_min >= self.sigma_max:
-            raise ValueError(f"sigma_min={self.sigma_min:g} must be below sigma_max={self.sigma_max:g}")
-        if self.S_min > self.S_max:
-            raise ValueError(f"S_min={self.S_min:g} must not exceed S_max={self.S_max:g}")
-        if self.S_churn and self.solver not in ("heun", "euler"):
-            raise ValueError(f"S_churn={self.S_churn:g} means nothing to solver={self.solver}; set it to 0")
-        return self
-
-
-class GuidanceSettings(Settings):
-    """Where SIMS guidance acts; its strength is searched."""
-
-    sigma_lo: NonNegative = Field(0.0, description="no guidance at noise levels up to this one")
-    sigma_hi: Positive | None = Field(None, description="no guidance at noise levels above this one; null: no limit")
-
-    @model_validator(mode="after")
-    def _not_empty(self) -> Self:
-        if self.sigma_hi is not None and self.sigma_lo >= self.sigma_hi:
-            raise ValueError(f"sigma_lo={self.sigma_lo:g} must be below sigma_hi={self.sigma_hi:g}")
-        return self
-
-
 class SynthesizeSettings(Settings):
     """The synthetic set S; its prefixes are the smaller sets."""
 
@@ -69,46 +34,6 @@ class SynthesizeSettings(Settings):
         None, description="folder or URI (s3://bucket/sets) that S is put in; null: the output folder"
     )
     labels: LabelSettings = LabelSettings()
-
-
-class FeatureSettings(Settings):
-    """What distances are measured in."""
-
-    kind: Literal["classifier", "pixels"] = Field(
-        "classifier", description="'classifier': trained on the real images' labels; 'pixels': raw pixels"
-    )
-    feature_dim: Annotated[int, Field(ge=2)] = 64
-    width: Count = 32
-    steps: Count = 600
-    batch_size: Count = 128
-    lr: Positive = 1e-3
-    seed: Seed = 0
-
-
-class EvaluateSettings(Settings):
-    """The reported distance."""
-
-    n_images: Annotated[int, Field(ge=2)] = Field(50_000, description="images per report block")
-    blocks: Count = Field(3, description="disjoint seed blocks; the spread over them is reported")
-    part_nimg: Count = Field(1_000, description="images per unit of work")
-
-
-class TuneSettings(Settings):
-    """The search over guidance strength, budget (finetune.budgets_kimg) and synthetic-set size."""
-
-    omega: tuple[Omega, ...] = Field(min_length=1, description="guidance strengths")
-    n_s: tuple[Count, ...] = Field(min_length=1, description="synthetic-set sizes; prefixes of the largest")
-    n_images: Annotated[int, Field(ge=2)] = Field(10_000, description="images per trial, on the selection seeds")
-
-    @model_validator(mode="after")
-    def _searchable(self) -> Self:
-        if not any(omega > 0 for omega in self.omega):
-            raise ValueError(f"omega={list(self.omega)} needs a value above 0, or there is nothing to choose")
-        for name in ("omega", "n_s"):
-            values = getattr(self, name)
-            if len(set(values)) < len(values):
-                raise ValueError(f"{name}={list(values)} must not repeat a value")
-        return self
 
 
 class SeedSettings(Settings):

@@ -30,6 +30,7 @@ SCHEMA_VERSION = 1
 METADATA_KEY = b"sims_ray"
 ROW_GROUP_BYTES = 4 << 20  # of raw pixels: larger groups cost memory in reading and writing, and save no space
 NO_LABEL = -1
+IMAGE_CHANNELS = (1, 3)  # grey and RGB; what has other channels is no image
 KINDS: dict[str, np.dtype[Any]] = {"image": np.dtype(np.uint8), "latent": np.dtype(np.float16)}
 OPTIONAL = {"weights": ("weight", pa.float32()), "attributes": ("attribute", pa.int32()), "sources": ("source", None)}
 

@@ -1,10 +1,17 @@
-"""The evaluate stage: Fréchet distance of a model's images to the real ones; only moments travel."""
+"""The evaluate stage: Fréchet distance of a model's images to the real ones; only moments travel.
+
+The distance may be taken on the way, at fewer images of the same seeds (fidelities); an evaluation that is left there
+goes on from there.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +21,23 @@ import torch
 from sims_ray.config import ComputeSettings
 from sims_ray.diffusion.generate import Batch
 from sims_ray.errors import SimsError
-from sims_ray.metrics.features import FeatureExtractor, images_moments
+from sims_ray.metrics.features import images_moments
 from sims_ray.metrics.frechet import frechet_distance
 from sims_ray.metrics.moments import Moments, merge_all
-from sims_ray.stages.features import load_extractor, load_reference
+from sims_ray.stages.extractors import FD, Extractor, metric_name
+from sims_ray.stages.features import feature_name, load_extractor, load_reference
 from sims_ray.stages.pool import run_on_pool
 from sims_ray.stages.progress import Progress
 from sims_ray.stages.sampling import ImageSampler
-from sims_ray.storage.artifacts import Artifact, read_manifest
+from sims_ray.storage.artifacts import Artifact, write_json
 from sims_ray.storage.folders import atomic_path
 from sims_ray.storage.models import SimsModel
 
 MOMENTS = "moments.npz"
+CURVE = "curve.json"  # the distances so far, in the making
+FACTS = ("nfe", "worker_s")  # of a part, beside its moments
+
+Point = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -39,6 +51,7 @@ class Evaluation:
         seeds: one image each.
         features: folder of the features artifact.
         part_nimg: images per unit of work.
+        fidelities: numbers of images, increasing, at which the distance is taken on the way to all of them.
     """
 
     artifact: Artifact
@@ -47,16 +60,38 @@ class Evaluation:
     seeds: range
     features: Path
     part_nimg: int
+    fidelities: tuple[int, ...] = ()
 
-    def parts(self) -> list[Part]:
-        """The units of work, in the order in which their moments are merged."""
-        starts = range(self.seeds.start, self.seeds.stop, self.part_nimg)
-        return [Part(self, range(start, min(start + self.part_nimg, self.seeds.stop))) for start in starts]
+    def parts(self, nimg: int | None = None) -> list[Part]:
+        """The units of work of the first `nimg` images, in the order in which their moments are merged."""
+        total = len(self.seeds)
+        edges = sorted({*range(0, total, self.part_nimg), *self.stops})
+        return [Part(self, self.seeds[a:b]) for a, b in pairwise(edges) if nimg is None or b <= nimg]
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """The numbers of images at which the distance is taken, all of them last."""
+        total = len(self.seeds)
+        return (*(n for n in self.fidelities if n < total), total)
 
     @property
     def metric(self) -> str:
         """Name of the distance: after its features, and the number of images."""
-        return metric_name(self.features, len(self.seeds))
+        return self.metric_at(len(self.seeds))
+
+    def metric_at(self, nimg: int) -> str:
+        """Name of the distance over the first `nimg` images, like `fd_classifier@10k`."""
+        return metric_name(feature_name(self.features), FD, nimg)
+
+    @property
+    def curve(self) -> list[Point]:
+        """The distances taken so far: `nimg` and `distance`."""
+        if self.artifact.complete:
+            curve: list[Point] = self.artifact.result["curve"]
+        else:
+            path = self.artifact.path / CURVE
+            curve = json.loads(path.read_text()) if path.is_file() else []
+        return [point for point in curve if point["nimg"] in self.stops]
 
 
 @dataclass(frozen=True)
@@ -83,19 +118,14 @@ class MomentsWorker:
         """Leave the file of one seed range, unless it is there."""
         if part.path.is_file():
             return {}
-        evaluation = part.evaluation
+        evaluation, started_s = part.evaluation, time.monotonic()
         nfe: list[float] = []
         batches = self._sampler.batches(evaluation.model, part.seeds, evaluation.sampler)
-        moments = images_moments(_extractor(str(evaluation.features.resolve())), _images(batches, nfe))
+        extractor = _extractor(str(evaluation.features.resolve()), self._sampler.device)
+        moments = images_moments(extractor.features, _images(batches, nfe))
         with atomic_path(part.path) as beside:
-            moments.save(beside, nfe=nfe[0])
+            moments.save(beside, nfe=nfe[0], worker_s=time.monotonic() - started_s)
         return {}
-
-
-def metric_name(features: Path, nimg: int) -> str:
-    """Name of the Fréchet distance in these features over `nimg` images, like `fd_classifier@10k`."""
-    count = f"{nimg / 1000:g}k" if nimg >= 1000 else str(nimg)
-    return f"fd_{read_manifest(features)['result']['kind']}@{count}"
 
 
 def evaluate(evaluations: Sequence[Evaluation], compute: ComputeSettings, label: str = "evaluate") -> None:
@@ -108,14 +138,38 @@ def evaluate(evaluations: Sequence[Evaluation], compute: ComputeSettings, label:
     for part, _ in run_on_pool(todo, MomentsWorker, compute, "sampling"):
         progress.add(len(part.seeds))
     for evaluation in open_ones:
+        for nimg in evaluation.stops:
+            _take(evaluation, nimg)
         _commit(evaluation)
 
 
-def evaluate_here(evaluation: Evaluation, worker: MomentsWorker) -> None:
-    """Measure one distance in this process, sampling only the parts that are missing."""
-    for part in _prepare([evaluation]):
-        worker.run(part)
-    _commit(evaluation)
+def evaluate_here(
+    evaluation: Evaluation, worker: MomentsWorker, on_distance: Callable[[Point], None] = lambda point: None
+) -> None:
+    """Measure one distance in this process, sampling only the parts that are missing.
+
+    `on_distance` is called with each distance on the way as soon as it is there, and may leave by an exception.
+    """
+    if not evaluation.artifact.complete:
+        _prepare([evaluation])
+        for nimg in evaluation.stops:
+            for part in evaluation.parts(nimg):
+                worker.run(part)
+            point = _take(evaluation, nimg)
+            if nimg == len(evaluation.seeds):
+                _commit(evaluation)
+            on_distance(point)
+        return
+    for point in evaluation.curve:
+        on_distance(point)
+
+
+def spent(evaluation: Evaluation) -> dict[str, float]:
+    """What was sampled for an evaluation so far: `nimg`, `nfe` per image and the workers' seconds."""
+    if evaluation.artifact.complete:
+        return {name: evaluation.artifact.result[name] for name in ("nimg", *FACTS)}
+    done = [part for part in evaluation.parts() if part.path.is_file()]
+    return {"nimg": sum(len(part.seeds) for part in done), **_facts(done)}
 
 
 def _prepare(evaluations: Sequence[Evaluation]) -> list[Part]:
@@ -132,28 +186,52 @@ def _images(batches: Iterable[Batch], nfe: list[float]) -> Iterator[torch.Tensor
 
 
 @lru_cache(maxsize=2)
-def _extractor(folder: str) -> FeatureExtractor:
-    return load_extractor(Path(folder))
+def _extractor(folder: str, device: str) -> Extractor:
+    return load_extractor(Path(folder), device)
+
+
+@lru_cache(maxsize=2)
+def _reference(folder: str) -> Moments:
+    return load_reference(Path(folder))
+
+
+def _merged(evaluation: Evaluation, nimg: int) -> Moments:
+    moments = merge_all(Moments.load(part.path) for part in evaluation.parts(nimg))
+    if moments.n != nimg:
+        raise SimsError(
+            f"{evaluation.artifact.path} holds moments of {moments.n} images instead of {nimg}; "
+            f"delete that folder and run again"
+        )
+    return moments
+
+
+def _take(evaluation: Evaluation, nimg: int) -> Point:
+    """The distance of the first `nimg` images, noted in the curve."""
+    curve = evaluation.curve
+    known = next((point for point in curve if point["nimg"] == nimg), None)
+    if known is not None:
+        return known
+    distance = frechet_distance(_merged(evaluation, nimg), _reference(str(evaluation.features.resolve())))
+    point = {"nimg": nimg, "distance": distance}
+    write_json(evaluation.artifact.path / CURVE, [*curve, point])
+    return point
 
 
 def _commit(evaluation: Evaluation) -> None:
-    parts = [part.path for part in evaluation.parts()]
-    moments = merge_all(Moments.load(path) for path in parts)
-    if moments.n != len(evaluation.seeds):
-        raise SimsError(
-            f"{evaluation.artifact.path} holds moments of {moments.n} images instead of {len(evaluation.seeds)}; "
-            f"delete that folder and run again"
-        )
+    parts = evaluation.parts()
     with atomic_path(evaluation.artifact.path / MOMENTS) as beside:
-        moments.save(beside)
-    distance = frechet_distance(moments, load_reference(evaluation.features))
-    facts = {"metric": evaluation.metric, "distance": distance, "nimg": moments.n, "nfe": _nfe(parts[0])}
+        _merged(evaluation, len(evaluation.seeds)).save(beside)
+    curve = evaluation.curve
+    facts = {"metric": evaluation.metric, **curve[-1], "curve": curve, **_facts(parts)}
     evaluation.artifact.commit({MOMENTS: {}}, facts)
-    for path in evaluation.artifact.path.glob("part-*.npz"):
+    for path in (*evaluation.artifact.path.glob("part-*.npz"), evaluation.artifact.path / CURVE):
         path.unlink(missing_ok=True)
 
 
-def _nfe(part: Path) -> float:
-    """Network evaluations per image, as the sampler counted them."""
-    with np.load(part, allow_pickle=False) as arrays:
-        return float(arrays["nfe"])
+def _facts(parts: Sequence[Part]) -> dict[str, float]:
+    """Network evaluations per image, as the sampler counted them, and the seconds that workers spent."""
+    found: list[dict[str, float]] = []
+    for part in parts:
+        with np.load(part.path, allow_pickle=False) as arrays:
+            found.append({name: float(arrays[name]) for name in FACTS})
+    return {"nfe": found[0]["nfe"] if found else 0.0, "worker_s": sum(facts["worker_s"] for facts in found)}

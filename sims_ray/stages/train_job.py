@@ -78,6 +78,11 @@ class TrainJob:
         return self.snapshot_nimg(self.budgets_kimg[0])
 
     @property
+    def fingerprint(self) -> str:
+        """SHA-256 of what makes the weights, whatever the budgets."""
+        return self.artifact.fingerprint
+
+    @property
     def complete(self) -> bool:
         """Whether every budget has its snapshot.
 

@@ -20,10 +20,15 @@ def stages_overview(plan: Plan) -> str:
         rows.append(("base", _word(plan.base_artifact.complete), str(plan.base_artifact.path)))
     rows.append(("synthesize", _word(plan.synthesis_job.complete), str(plan.synthesis_job.set.folder)))
     rows += [_training(f"finetune n_s={n_s}", plan.finetune_job(n_s)) for n_s in plan.recipe.tune.n_s]
-    done = sum(trial.evaluation.artifact.complete for trial in plan.trials)
-    rows.append((f"sweep, {done} of {len(plan.trials)} trials", _word(plan.sweep.complete), str(plan.sweep.path)))
-    if plan.sweep.complete:
-        measured = plan.report_evaluations(plan.sweep.result["selected"])
+    sweep = plan.sweep
+    trials = f"sweep, {len(sweep.outcomes)} of {sweep.most_trials()} trials"
+    rows.append((trials, _word(sweep.artifact.complete), str(sweep.artifact.path)))
+    if sweep.artifact.complete:
+        best = sweep.artifact.result["best"]
+        for cell in plan.compared(best).values():
+            if cell.extra_kimg is not None:
+                rows.append(_training("train base longer", plan.longer_base_job(cell.extra_kimg)))
+        measured = plan.report_evaluations(best)
         evaluations = [e.artifact.complete for blocks in measured.values() for e in blocks]
         name = f"evaluate, {sum(evaluations)} of {len(evaluations)} blocks"
         rows.append((name, _word(all(evaluations)), str(plan.out)))
@@ -45,7 +50,8 @@ def _training(name: str, job: TrainJob) -> tuple[str, str, str]:
 
 def result_table(summary: Mapping[str, Any]) -> str:
     """Base, auxiliary and SIMS: distance, images, spread over the report blocks, gain over the base."""
-    header = ("model", "omega", "B (kimg)", "n_s", summary["metric"], "spread", "images", "NFE/image", "gain")
+    where = ("model", "omega", "B (kimg)", "n_s")
+    header = (*where, summary["metric"], "spread", "images", "NFE/image", "gain", "when selected")
     rows = [
         (
             row["model"],
@@ -57,12 +63,14 @@ def result_table(summary: Mapping[str, Any]) -> str:
             f"{len(row['blocks'])} x {row['n_images']:,}",
             f"{row['evaluations_per_image']:g}",
             f"{row['gain']:+.1%}",
+            "-" if row["gain_selection"] is None else f"{row['gain_selection']:+.1%}",
         )
         for row in summary["table"]
     ]
     note = (
         f"Distance: mean over {summary['blocks']} blocks of fresh seeds, lower is better; spread: standard deviation "
-        "over the blocks. Neither the synthetic set nor the sweep used these seeds."
+        "over the blocks. Neither the synthetic set nor the sweep used these seeds; 'when selected' is the gain on the "
+        "sweep's own, which is an optimist's. Neon's omega is its w."
     )
     return f"{align([header, *rows])}\n{note}"
 

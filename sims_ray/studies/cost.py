@@ -20,12 +20,14 @@ from sims_ray.nn.flops import NetworkFlops, network_flops
 from sims_ray.nn.networks import describe_network, num_parameters
 from sims_ray.stages.evaluate import Evaluation
 from sims_ray.stages.train_job import KIMG, TrainJob
-from sims_ray.storage.models import SimsModel
+from sims_ray.storage.models import SCORE, SimsModel
 from sims_ray.studies.plan import Plan
+from sims_ray.studies.space import AUXILIARY, BASE, NEON, SIMS
 
 FLOAT_BYTES, HALF_BYTES, DOUBLE_BYTES = 4, 2, 8
 ID_AND_LABEL_BYTES = 12
 ADAM_MOMENTS = 2
+FEATURE_DIMS = {"checkpoint": 64, "inception": 2048, "dinov2": 1024}
 STATES_IN_PASSING = 2  # beside the last one: the one before it, and one that is being written
 
 
@@ -69,6 +71,7 @@ class Workload:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.recipe = plan.recipe
+        self._known_passes: dict[tuple[Any, ...], Evaluations] = {}
 
     @cached_property
     def flops(self) -> NetworkFlops:
@@ -85,36 +88,54 @@ class Workload:
         plan, job = self.plan, self.plan.synthesis_job
         row_bytes = math.prod(plan.inputs.shape) * KINDS[plan.inputs.kind].itemsize + ID_AND_LABEL_BYTES
         set_bytes = 0 if self.recipe.synthesize.root else job.n * row_bytes  # else it lies elsewhere
-        previews = plan.preview_jobs(self._selected).values()
+        previews = plan.preview_jobs(self._best).values()
         preview_bytes = self.recipe.seeds.preview_nimg * row_bytes * len(previews)
         return [
             *(self._training("train", "base", plan.base_job) if plan.base_job else []),
-            self._sampling("synthesize", "", [(job.model, job.n)], set_bytes),
+            self._sampling("synthesize", "", [(job.model, plan.sampler, job.n)], set_bytes),
             *(work for n_s in self.recipe.tune.n_s for work in self._finetuning(n_s)),
             *(self._evaluations("tune", f"{name}, trials", some) for name, some in self._sweep.items()),
+            *self._longer,
             *(self._evaluations("report", f"{name}, blocks", some) for name, some in self._report.items()),
-            self._sampling("preview", "", [(job.model, job.n) for job in previews], preview_bytes),
+            self._sampling(
+                "preview", "", [(job.model, job.set.settings["sampler"], job.n) for job in previews], preview_bytes
+            ),
         ]
 
     @property
-    def _selected(self) -> dict[str, Any]:
-        """A guided cell of the sweep; all of them cost the same."""
-        return {
-            "omega": max(self.recipe.tune.omega),
-            "budget_kimg": max(self.recipe.finetune.budgets_kimg),
-            "n_s": max(self.recipe.tune.n_s),
-        }
+    def _best(self) -> dict[str, dict[str, Any]]:
+        """A guided cell of each space; all of them cost the same but for the number of steps."""
+        where = {"budget_kimg": max(self.recipe.finetune.budgets_kimg), "n_s": max(self.recipe.tune.n_s)}
+        strengths = {space: max(lattice.axes["omega"]) for space, lattice in self.plan.sweep.lattices.items()}
+        return {space: {**where, "omega": omega, "space": space} for space, omega in strengths.items()}
 
     @property
     def _sweep(self) -> dict[str, list[Evaluation]]:
+        """Every cell by its kind; a search tries fewer."""
         kinds: dict[str, list[Evaluation]] = {}
-        for trial in self.plan.trials:
-            kinds.setdefault({0.0: "base", -1.0: "auxiliary"}.get(trial.omega, "SIMS"), []).append(trial.evaluation)
+        for trial in self.plan.sweep.trials:
+            guided = SIMS if trial.cell.space == SCORE else NEON
+            kind = {0.0: BASE, -1.0: AUXILIARY}.get(trial.cell.omega, guided)
+            kinds.setdefault(kind, []).append(trial.evaluation)
         return kinds
 
     @property
     def _report(self) -> dict[str, list[Evaluation]]:
-        return self.plan.report_evaluations(self._selected)
+        return self.plan.report_evaluations(self._best)
+
+    @property
+    def _longer(self) -> list[Work]:
+        """The base trained on for longer, to compare with; what is there of it by then costs nothing."""
+        job = self.plan.base_job
+        works = []
+        for cell in self.plan.compared(self._best).values():
+            if cell.extra_kimg is not None:
+                longer = self.plan.longer_base_job(cell.extra_kimg)
+                nimg = longer.stop_nimg - (job.stop_nimg if job else 0)
+                flops = nimg * self.flops.training(longer.trainable)
+                left_bytes = self.parameters * FLOAT_BYTES
+                works.append(Work("train longer", "base", nimg, nimg, flops, True, left_bytes))
+        return works
 
     def _finetuning(self, n_s: int) -> list[Work]:
         return self._training("finetune", f"n_s={n_s}", self.plan.finetune_job(n_s))
@@ -140,14 +161,16 @@ class Workload:
             )
         ]
         if job.preview is not None and (count := int(nimg // (job.preview.every_kimg * KIMG))):
-            parts = [(SimsModel(""), count * len(job.preview.seeds))]
+            parts = [(SimsModel(""), self.plan.sampler, count * len(job.preview.seeds))]
             works.append(self._sampling(stage, f"previews of {detail}: {count}", parts, 0))
         return works
 
-    def _sampling(self, stage: str, detail: str, parts: Iterable[tuple[SimsModel, int]], left_bytes: float) -> Work:
+    def _sampling(
+        self, stage: str, detail: str, parts: Iterable[tuple[SimsModel, Mapping[str, Any], int]], left_bytes: float
+    ) -> Work:
         images, evaluations, flops = 0, 0.0, 0.0
-        for model, nimg in parts:
-            tally = self._alone if model.omega in (0, -1) else self._guided
+        for model, sampler, nimg in parts:
+            tally = self._passes(sampler["num_steps"], model)
             images += nimg
             evaluations += nimg * tally.nfe
             flops += nimg * (tally.encoders * self.flops.shared + tally.decoders * self.flops.own)
@@ -158,7 +181,7 @@ class Workload:
         moments_bytes = self._feature_dim**2 * DOUBLE_BYTES
         at_once = min(len(some), max(self.recipe.compute.num_workers, 1)) if stage == "tune" else len(some)
         work = self._sampling(
-            stage, f"{kind}: {len(some)}", [(e.model, len(e.seeds)) for e in some], len(some) * moments_bytes
+            stage, f"{kind}: {len(some)}", [(e.model, e.sampler, len(e.seeds)) for e in some], len(some) * moments_bytes
         )
         return replace(work, passing_bytes=at_once * len(some[0].parts()) * moments_bytes)
 
@@ -166,19 +189,22 @@ class Workload:
     def _feature_dim(self) -> int:
         if self.plan.inputs.kind == "latent":  # whose distances are not measured
             return 0
-        if self.recipe.features.kind == "classifier":
-            return self.recipe.features.feature_dim
+        features = self.recipe.features
+        if features.kind == "classifier":
+            return features.feature_dim
+        if features.kind in FEATURE_DIMS:
+            return FEATURE_DIMS[features.kind]
         return pixel_features(torch.zeros(1, *self.plan.inputs.shape)).shape[1]
 
-    @cached_property
-    def _alone(self) -> Evaluations:
-        return passes(self.plan.sampler, SimsModel(""))
-
-    @cached_property
-    def _guided(self) -> Evaluations:
-        interval = self.recipe.guidance
-        model = SimsModel("", "", 1.0, interval.sigma_lo, interval.sigma_hi)
-        return passes(self.plan.sampler, model, self.recipe.finetune.trainable == "decoder")
+    def _passes(self, num_steps: int, model: SimsModel) -> Evaluations:
+        """The passes of a model, whose checkpoints need not be there."""
+        guided = model.omega not in (0, -1) and model.space == SCORE
+        kind = (num_steps, model.sigma_lo, model.sigma_hi) if guided else (num_steps,)
+        if kind not in self._known_passes:
+            like = SimsModel("", "", 1.0, model.sigma_lo, model.sigma_hi) if guided else SimsModel("")
+            sampler = {**self.plan.sampler, "num_steps": num_steps}
+            self._known_passes[kind] = passes(sampler, like, self.recipe.finetune.trainable == "decoder")
+        return self._known_passes[kind]
 
 
 def passes(sampler: Mapping[str, Any], model: SimsModel, decoder_only: bool = False) -> Evaluations:

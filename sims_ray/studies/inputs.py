@@ -8,7 +8,7 @@ from typing import Any
 
 from sims_ray.config import Recipe
 from sims_ray.config.architecture import network_entry
-from sims_ray.data.table import SampleTable
+from sims_ray.data.table import IMAGE_CHANNELS, SampleTable
 from sims_ray.errors import SimsError
 from sims_ray.storage.artifacts import Store
 from sims_ray.storage.checkpoints import described, read_card
@@ -17,7 +17,6 @@ from sims_ray.storage.latents import card_latents
 
 DIGITS = "digits"
 DIGITS_SHAPE, DIGITS_CLASSES = (1, 8, 8), 10
-IMAGE_CHANNELS = (1, 3)
 
 
 class Inputs:

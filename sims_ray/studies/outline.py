@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from sims_ray.config import Recipe, presets
-from sims_ray.data.table import SampleTable
+from sims_ray.data.table import IMAGE_CHANNELS, SampleTable
 from sims_ray.errors import SimsError
 from sims_ray.storage.artifacts import Store
 from sims_ray.storage.folders import Folder
-from sims_ray.studies.inputs import DIGITS, DIGITS_SHAPE, IMAGE_CHANNELS, Inputs
+from sims_ray.studies.inputs import DIGITS, DIGITS_SHAPE, Inputs
 from sims_ray.studies.plan import Plan
 
 Shape = tuple[int, int, int]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,18 @@ from sims_ray.config.labels import LabelSettings
 from sims_ray.data.synthetic import STAGE, SyntheticSet
 from sims_ray.diffusion.labels import check_labels
 from sims_ray.errors import SimsError
+from sims_ray.stages.cells import Cell, Trial
 from sims_ray.stages.evaluate import Evaluation
+from sims_ray.stages.features import feature_content
 from sims_ray.stages.preview import Preview
 from sims_ray.stages.synthesize import SynthesisJob
 from sims_ray.stages.train_job import TrainJob
-from sims_ray.stages.tune import Trial
+from sims_ray.stages.tune import Sweep
 from sims_ray.storage.artifacts import FINGERPRINT_CHARS, Artifact, Store, fingerprint, sha256_file
 from sims_ray.storage.folders import Folder, absolute
-from sims_ray.storage.models import SimsModel
+from sims_ray.storage.models import SCORE, SimsModel
 from sims_ray.studies.inputs import Inputs
+from sims_ray.studies.space import compared_cells, guided_cell, search_content, sweep_lattices
 
 OWN_BASE = "base.safetensors"
 HALFLIFE = {"ema_halflife_kimg", "ema_rampup_ratio"}
@@ -66,8 +70,7 @@ class Plan:
     @cached_property
     def features(self) -> Artifact:
         """The feature extractor and the real images' moments."""
-        settings = self.recipe.features.model_dump(mode="json")
-        return self.store.artifact("features", settings, [self.inputs.data_fingerprint])
+        return self.store.artifact("features", feature_content(self.recipe.features), [self.inputs.data_fingerprint])
 
     @cached_property
     def base_job(self) -> TrainJob | None:
@@ -153,47 +156,49 @@ class Plan:
         features = self.features.path if settings.shows_distance else None
         return Preview(settings.preview_kimg, self.sampler, seeds, features, compute)
 
-    def model(self, omega: float, budget_kimg: float | None, n_s: int | None) -> SimsModel:
-        """The model at one point of the search space; the auxiliary is left out at omega 0."""
-        if omega == 0 or budget_kimg is None or n_s is None:
+    def model(self, cell: Cell) -> SimsModel:
+        """The model of a cell; the auxiliary is left out at omega 0."""
+        if cell.extra_kimg is not None:
+            return SimsModel.of(self.longer_base_job(cell.extra_kimg).snapshot(self._longer_kimg(cell.extra_kimg)))
+        if cell.omega == 0 or cell.budget_kimg is None or cell.n_s is None:
             return SimsModel.of(self.base)
-        aux = self.finetune_job(n_s).snapshot(budget_kimg)
-        interval = self.recipe.guidance
-        return SimsModel.of(self.base, aux, omega, interval.sigma_lo, interval.sigma_hi)
+        aux = self.finetune_job(cell.n_s).snapshot(cell.budget_kimg)
+        return SimsModel.of(self.base, aux, cell.omega, cell.sigma_lo, cell.sigma_hi, cell.space)
 
-    def evaluation(self, seeds: range, omega: float, budget_kimg: float | None, n_s: int | None) -> Evaluation:
+    def sampler_of(self, cell: Cell) -> dict[str, Any]:
+        """Sampler settings of a cell as plain values."""
+        return self.sampler if cell.num_steps is None else {**self.sampler, "num_steps": cell.num_steps}
+
+    def evaluation(self, seeds: range, cell: Cell, fidelities: tuple[int, ...] = ()) -> Evaluation:
         """The distance of one model on given seeds."""
-        content, parents = self._content(omega, budget_kimg, n_s)
+        content, parents = self._content(cell)
         settings = {**content, "seeds": [seeds.start, seeds.stop]}
         artifact = self.store.artifact("evaluate", settings, [self.features, *parents])
         part_nimg = self.recipe.evaluate.part_nimg
-        model = self.model(omega, budget_kimg, n_s)
-        return Evaluation(artifact, model, self.sampler, seeds, self.features.path, part_nimg)
+        return Evaluation(
+            artifact, self.model(cell), self.sampler_of(cell), seeds, self.features.path, part_nimg, fidelities
+        )
 
     @cached_property
-    def trials(self) -> list[Trial]:
-        """The cells of the sweep; omega 0 is the base and appears once."""
-        cells: list[tuple[float, float | None, int | None]] = []
-        if 0 in self.recipe.tune.omega:
-            cells.append((0.0, None, None))
-        for n_s in self.recipe.tune.n_s:
-            for budget in self.recipe.finetune.budgets_kimg:
-                cells += [(omega, budget, n_s) for omega in self.recipe.tune.omega if omega != 0]
-        return [Trial(*cell, self.evaluation(self.seeds["selection"], *cell)) for cell in cells]
+    def sweep(self) -> Sweep:
+        """The search over cells, measured on the selection seeds."""
+        settings = self.recipe.tune
+        lattices = sweep_lattices(self.recipe)
+        cells = dict.fromkeys([Cell(), *(cell for lattice in lattices.values() for cell in lattice.cells)])
+        trials = [Trial(cell, self.evaluation(self.seeds["selection"], cell, settings.stops)) for cell in cells]
+        artifact = self.store.artifact(
+            "tune", search_content(settings), [trial.evaluation.artifact for trial in trials]
+        )
+        return Sweep(artifact, tuple(trials), lattices, settings)
 
-    @cached_property
-    def sweep(self) -> Artifact:
-        """The sweep's outcome."""
-        return self.store.artifact("tune", {}, [trial.evaluation.artifact for trial in self.trials])
-
-    def cell(self, omega: float, budget_kimg: float | None, n_s: int | None) -> tuple[float, float | None, int | None]:
+    def cell(self, omega: float, budget_kimg: float | None, n_s: int | None) -> Cell:
         """A point of the search space with defaults filled in: the largest budget and set.
 
         Raises:
             SimsError: a budget or set size that the recipe does not make.
         """
         if omega == 0:
-            return 0.0, None, None
+            return Cell()
         budgets, sizes = self.recipe.finetune.budgets_kimg, self.recipe.tune.n_s
         budget_kimg, n_s = budget_kimg or max(budgets), n_s or max(sizes)
         for name, value, known in (("B", budget_kimg, budgets), ("n_s", n_s, sizes)):
@@ -201,7 +206,7 @@ class Plan:
                 raise SimsError(
                     f"{name}={value:g} is not in the recipe, which has {list(known)}; choose one or --set more"
                 )
-        return omega, budget_kimg, n_s
+        return guided_cell(self.recipe.guidance, omega=omega, budget_kimg=budget_kimg, n_s=n_s)
 
     @cached_property
     def report_blocks(self) -> list[range]:
@@ -209,43 +214,70 @@ class Plan:
         seeds, n = self.seeds["report"], self.recipe.evaluate.n_images
         return [range(start, start + n) for start in range(seeds.start, seeds.stop, n)]
 
-    def compared(self, selected: Mapping[str, Any]) -> dict[str, tuple[float, float | None, int | None]]:
-        """The models of the final table, at the selected cell: (omega, B, n_s) by name."""
-        budget, n_s = selected["budget_kimg"], selected["n_s"]
-        return {"base": (0.0, None, None), "auxiliary": (-1.0, budget, n_s), "SIMS": (selected["omega"], budget, n_s)}
+    def compared(self, best: Mapping[str, Mapping[str, Any]]) -> dict[str, Cell]:
+        """The models of the final table by name; `best` has the best trial of each space."""
+        return compared_cells(self.recipe, {space: Cell.of(trial) for space, trial in best.items()})
 
-    def report_evaluations(self, selected: Mapping[str, Any]) -> dict[str, list[Evaluation]]:
+    def report_evaluations(self, best: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Evaluation]]:
         """For each compared model, its evaluation on each report block."""
         return {
-            name: [self.evaluation(block, *cell) for block in self.report_blocks]
-            for name, cell in self.compared(selected).items()
+            name: [self.evaluation(block, cell) for block in self.report_blocks]
+            for name, cell in self.compared(best).items()
         }
 
-    def preview_jobs(self, selected: Mapping[str, Any]) -> dict[str, SynthesisJob]:
+    def preview_jobs(self, best: Mapping[str, Mapping[str, Any]]) -> dict[str, SynthesisJob]:
         """For each compared model, a few images from the same seeds."""
         jobs = {}
-        for name, cell in self.compared(selected).items():
+        for name, cell in self.compared(best).items():
             seeds, nimg = self.seeds["preview"], self.recipe.seeds.preview_nimg
-            content, parents = self._content(*cell)
+            content, parents = self._content(cell)
             target = self._set(str(self.store.root), "preview", content, seeds, parents)
-            jobs[name] = SynthesisJob(target, self.model(*cell), nimg, nimg)
+            jobs[name] = SynthesisJob(target, self.model(cell), nimg, nimg)
         return jobs
 
-    def _content(
-        self, omega: float, budget_kimg: float | None, n_s: int | None
-    ) -> tuple[dict[str, Any], tuple[str, ...]]:
+    def longer_base_job(self, extra_kimg: float) -> TrainJob:
+        """The base trained on for longer with real images: its own training extended, or the user's fine-tuned."""
+        total = self._longer_kimg(extra_kimg)
+        if self.base_job is not None:
+            return replace(self.base_job, budgets_kimg=(*self.base_job.budgets_kimg, total))
+        settings = self.recipe.finetune
+        artifact = self.store.artifact(
+            "train", self._identity(settings, on="real"), [self.base_fingerprint, self.inputs.data_fingerprint]
+        )
+        return TrainJob(
+            "longer base",
+            artifact,
+            self.inputs.network,
+            settings,
+            (total,),
+            self.inputs.table,
+            init=self.base,
+            precision=self.inputs.precision,
+            reading=self.recipe.data.reading,
+        )
+
+    def _longer_kimg(self, extra_kimg: float) -> float:
+        """Where the longer training of the base ends, counted as its snapshots are."""
+        return extra_kimg + (self.recipe.train.duration_kimg if self.base_job is not None else 0.0)
+
+    def _content(self, cell: Cell) -> tuple[dict[str, Any], tuple[str, ...]]:
         """What the images of a model depend on beside their seeds: settings, and the fingerprints of its networks."""
         settings: dict[str, Any] = {
-            "sampler": self.sampler,
-            "omega": omega,
-            "budget": budget_kimg,
+            "sampler": self.sampler_of(cell),
+            "omega": cell.omega,
+            "budget": cell.budget_kimg,
             **self._forced_precision,
         }
+        if cell.extra_kimg is not None:
+            job = self.longer_base_job(cell.extra_kimg)
+            return settings, (job.snapshot_fingerprint(self._longer_kimg(cell.extra_kimg)),)
         aux = []
-        if omega != 0 and budget_kimg is not None and n_s is not None:
-            aux.append(self.finetune_job(n_s).snapshot_fingerprint(budget_kimg))
-        if aux and omega != -1:  # the auxiliary alone is not guided
-            settings["guidance"] = self.recipe.guidance.model_dump(mode="json")
+        if cell.omega != 0 and cell.budget_kimg is not None and cell.n_s is not None:
+            aux.append(self.finetune_job(cell.n_s).snapshot_fingerprint(cell.budget_kimg))
+        if aux and cell.guided:  # the auxiliary alone is not
+            settings["guidance"] = {"sigma_lo": cell.sigma_lo, "sigma_hi": cell.sigma_hi}
+            if cell.space != SCORE:
+                settings["space"] = cell.space
         return settings, (self.base_fingerprint, *aux)
 
     def _set(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,26 +20,33 @@ from sims_ray.data.importers import import_digits
 from sims_ray.data.table import SampleTable
 from sims_ray.errors import SimsError
 from sims_ray.report.page import write_report
+from sims_ray.stages.cells import Cell, Trial
 from sims_ray.stages.evaluate import Evaluation, evaluate
 from sims_ray.stages.features import make_features
 from sims_ray.stages.policy import policy_params
 from sims_ray.stages.preview import SHEETS, read_previews
+from sims_ray.stages.serving import save_model
 from sims_ray.stages.synthesize import synthesize
 from sims_ray.stages.tracking import TrackedRun, Tracker
 from sims_ray.stages.train import train
 from sims_ray.stages.train_job import TrainJob
 from sims_ray.stages.training_log import METRICS, read_metrics
-from sims_ray.stages.tune import Trial, tune
+from sims_ray.stages.tune import tune
 from sims_ray.stages.unfinished import check_settings
-from sims_ray.storage.artifacts import Artifact, adopt, fingerprint, write_json
+from sims_ray.storage.artifacts import FINGERPRINT_CHARS, Artifact, adopt, fingerprint, write_json
+from sims_ray.storage.locks import alone
+from sims_ray.storage.models import SCORE
 from sims_ray.studies.console import closing_words, stages_overview
 from sims_ray.studies.plan import OWN_BASE, Plan
+from sims_ray.studies.space import SIMS
 from sims_ray.studies.summary import RESULT, summarise
 
 logger = logging.getLogger("sims_ray")
 
 REPORT_FOLDER = "report"
 PAGE = "report.html"
+LOCKS = "locks"
+MODEL_FOLDER = "model"
 
 
 class Completable(Protocol):
@@ -48,6 +55,11 @@ class Completable(Protocol):
     @property
     def complete(self) -> bool:
         """Whether it is there."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """What names it."""
         ...
 
 
@@ -126,66 +138,77 @@ class SimsRun:
             self._train(job, f"finetune n_s={n_s}")
 
     def tune(self) -> dict[str, Any]:
-        """The sweep over omega, B and n_s; returns the selected cell."""
+        """The sweep over omega, B and n_s; returns its outcome: all trials and the best of each space."""
         self._check_settings([self.plan.base_job, *map(self.plan.finetune_job, self.recipe.tune.n_s)])
         self.make_features()  # first, because it is cheap and looks at the labels
         self.finetune()
         sweep = self.plan.sweep
-        run = self._child(sweep, "sweep", {"tune": self.recipe.tune.model_dump(mode="json")})
+        run = self._child(sweep.artifact, "sweep", {"tune": self.recipe.tune.model_dump(mode="json")})
 
-        def log_trial(trial: Trial) -> None:
-            self._log_evaluation(trial.evaluation, trial.name, trial.params, run)
+        def log_trial(trial: Trial, outcome: Mapping[str, Any]) -> None:
+            self._log_trial(trial, outcome, run)
 
-        self._ensure(sweep, "sweep", lambda: tune(sweep, self.plan.trials, self.recipe.compute, log_trial))
+        self._ensure(sweep.artifact, "sweep", lambda: tune(sweep, self.recipe.compute, log_trial))
         if not run.finished:
-            for trial in self.plan.trials:
-                log_trial(trial)
+            for trial in sweep.trials:
+                if (outcome := sweep.outcomes.get(trial.cell)) is not None:
+                    log_trial(trial, outcome)
             run.finish()
-        selected: dict[str, Any] = sweep.result["selected"]
-        return selected
+        return sweep.artifact.result
 
-    def measure(self, omega: float, budget_kimg: float | None, n_s: int | None) -> list[dict[str, Any]]:
+    def measure(self, cell: Cell) -> list[dict[str, Any]]:
         """The distance of one model on each report block, making what it needs first."""
         self.make_features()
-        if omega == 0:
+        if cell.omega == 0:
             self.train_base()
         else:
             self.finetune()
-        evaluations = [self.plan.evaluation(block, omega, budget_kimg, n_s) for block in self.plan.report_blocks]
+        evaluations = [self.plan.evaluation(block, cell) for block in self.plan.report_blocks]
         evaluate(evaluations, self.recipe.compute)
         return [e.artifact.result for e in evaluations]
 
+    def train_longer(self, cells: Iterable[Cell]) -> None:
+        """The base trained on for longer with real images, where a cell is of that."""
+        for extra_kimg in sorted({cell.extra_kimg for cell in cells if cell.extra_kimg is not None}):
+            self._train(self.plan.longer_base_job(extra_kimg), "train base longer")
+
     def report(self) -> dict[str, Any]:
-        """Measure the selected model on fresh seeds, write the page; returns the summary of the whole run."""
-        selected = self.tune()
-        measured = self.plan.report_evaluations(selected)
+        """Measure the selected models on fresh seeds, write the page; returns the summary of the whole run."""
+        best = self.tune()["best"]
+        cells = self.plan.compared(best)
+        self.train_longer(cells.values())
+        measured = self.plan.report_evaluations(best)
         self._ensure_all(
             [e.artifact for blocks in measured.values() for e in blocks],
             "evaluate",
             lambda: evaluate([e for blocks in measured.values() for e in blocks], self.recipe.compute),
         )
-        previews = list(self.plan.preview_jobs(selected).values())
+        previews = list(self.plan.preview_jobs(best).values())
         self._ensure_all(previews, "preview", lambda: synthesize(previews, self.recipe.compute, "preview"))
-        for name, cell in self.plan.compared(selected).items():
-            params = dict(zip(("omega", "budget_kimg", "n_s"), cell, strict=True))
+        for name, cell in cells.items():
             for i, evaluation in enumerate(measured[name]):
-                self._log_evaluation(evaluation, f"report {name} block {i}", params, self.root)
-        summary = summarise(self.plan, selected)
+                self._log_evaluation(evaluation, f"report {name} block {i}", cell.params)
+        summary = summarise(self.plan, best)
         page = self.out / REPORT_FOLDER / PAGE
         if not page.is_file() or _read(self.out / RESULT) != json.loads(json.dumps(summary)):
-            write_report(page.parent, summary, self.previews(selected))
+            write_report(page.parent, summary, self.previews(best))
             write_json(self.out / RESULT, summary)
+        model = self.out / MODEL_FOLDER
+        if not model.is_dir():
+            winner, sampler = self.plan.model(cells[SIMS]), self.plan.sampler_of(cells[SIMS])
+            save_model(model, winner, sampler, {"name": self.recipe.name, **best[SCORE]})
         if not self.root.finished:
             self.root.log_file(page.parent, REPORT_FOLDER)
+            self.root.register(model, f"sims-{self.recipe.name}")
             self.root.log(
-                [{"nimg": row["n_images"], f"{row['model']}.distance": row["distance"]} for row in summary["table"]]
+                [{"nimg": row["n_images"], metric_key(row["model"]): row["distance"]} for row in summary["table"]]
             )
             self.root.finish()
         return summary
 
-    def previews(self, selected: Mapping[str, Any]) -> dict[str, NDArray[np.uint8]]:
+    def previews(self, best: Mapping[str, Mapping[str, Any]]) -> dict[str, NDArray[np.uint8]]:
         """The preview images of each compared model, uint8 [N, C, H, W], from the same seeds."""
-        jobs = self.plan.preview_jobs(selected)
+        jobs = self.plan.preview_jobs(best)
         return {name: SampleTable(job.set.folder).head(job.n).images for name, job in jobs.items()}
 
     def describe(self) -> str:
@@ -204,9 +227,14 @@ class SimsRun:
         if all(artifact.complete for artifact in artifacts):
             logger.info("%s: complete", label)
             return
-        started_s = time.monotonic()
-        make()
-        logger.info("%s: done in %.0f s", label, time.monotonic() - started_s)
+        name = fingerprint("lock", {}, [artifact.fingerprint for artifact in artifacts])
+        with alone(self.out / LOCKS / f"{name[:FINGERPRINT_CHARS]}.lock", label):
+            if all(artifact.complete for artifact in artifacts):
+                logger.info("%s: complete, made by another process meanwhile", label)
+                return
+            started_s = time.monotonic()
+            make()
+            logger.info("%s: done in %.0f s", label, time.monotonic() - started_s)
 
     def _child(self, artifact: Artifact, name: str, params: Mapping[str, Any]) -> TrackedRun:
         return self.tracker.run(artifact.fingerprint, name, params, self.root)
@@ -229,12 +257,27 @@ class SimsRun:
                 run.log_file(path)
             run.finish()
 
-    def _log_evaluation(self, evaluation: Evaluation, name: str, params: Mapping[str, Any], parent: TrackedRun) -> None:
-        run = self.tracker.run(evaluation.artifact.fingerprint, name, params, parent)
+    def _log_evaluation(self, evaluation: Evaluation, name: str, params: Mapping[str, Any]) -> None:
+        run = self.tracker.run(evaluation.artifact.fingerprint, name, params, self.root)
         if not run.finished:
             result = evaluation.artifact.result
             run.log([{"nimg": result["nimg"], result["metric"].partition("@")[0]: result["distance"]}])
             run.finish()
+
+    def _log_trial(self, trial: Trial, outcome: Mapping[str, Any], parent: TrackedRun) -> None:
+        """A trial's distances against images, and what they cost."""
+        run = self.tracker.run(trial.evaluation.artifact.fingerprint, trial.name, trial.cell.params, parent)
+        if not run.finished:
+            metric = outcome["metric"].partition("@")[0]
+            run.log([{"nimg": point["nimg"], metric: point["distance"]} for point in outcome["curve"]])
+            cost = {"network_evaluations": outcome["nimg"] * outcome["nfe"], "worker_s": outcome["worker_s"]}
+            run.log([{"nimg": outcome["nimg"], **cost, "stopped_early": float(outcome["stopped"])}])
+            run.finish()
+
+
+def metric_key(model: str) -> str:
+    """Name of the distance of a compared model as MLflow takes it."""
+    return f"{model.replace(',', '')}.distance"
 
 
 def _read(path: Path) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 from sims_ray.config import SamplerSettings
 from sims_ray.config.labels import LabelSettings
 from sims_ray.data.synthetic import SyntheticSet
+from sims_ray.data.table import IMAGE_CHANNELS
 from sims_ray.diffusion.labels import check_labels
 from sims_ray.diffusion.noise import SEED_LIMIT
 from sims_ray.errors import SimsError
@@ -18,8 +19,7 @@ from sims_ray.storage.attributes import AttributeClassifier, AttributeSource
 from sims_ray.storage.checkpoints import described, read_card
 from sims_ray.storage.folders import Folder
 from sims_ray.storage.latents import card_latents
-from sims_ray.storage.models import SimsModel
-from sims_ray.studies.inputs import IMAGE_CHANNELS
+from sims_ray.storage.models import SCORE, SimsModel
 from sims_ray.studies.plan import label_content
 
 
@@ -73,6 +73,8 @@ def synthesis_job(
         if aux["network"] != network:
             raise SimsError(f"{model.aux} and {model.base} hold different networks; give an auxiliary of this base")
         content |= {"omega": model.omega}
+        if model.omega != -1 and model.space != SCORE:
+            content |= {"space": model.space}
         if model.omega != -1:
             content["guidance"] = {"sigma_lo": model.sigma_lo, "sigma_hi": model.sigma_hi}
         parents.append(fingerprint("auxiliary", {"sha256": sha256_file(Path(model.aux))}, ()))

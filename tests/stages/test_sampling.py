@@ -1,4 +1,5 @@
 import hashlib
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -6,6 +7,7 @@ import pytest
 
 from sims_ray.config import ComputeSettings
 from sims_ray.data.table import SampleTable
+from sims_ray.stages.cells import Cell
 from sims_ray.stages.evaluate import evaluate
 from sims_ray.stages.synthesize import SynthesisJob, synthesize
 from sims_ray.stages.tune import tune
@@ -64,9 +66,10 @@ def test_synthetic_ids_are_the_seeds_and_labels_are_drawn_from_them(finetuned: S
 def test_a_sweep_on_ray_tune_measures_what_a_plain_evaluation_measures(
     finetuned: SimsRun, ray_cluster: ComputeSettings, tmp_path: Path
 ) -> None:
-    trials = finetuned.plan.trials
+    sweep = finetuned.plan.sweep
+    trials = sweep.trials
     seen: list[str] = []
-    tune(finetuned.plan.sweep, trials, ray_cluster, lambda trial: seen.append(trial.name))
+    tune(sweep, ray_cluster, lambda trial, outcome: seen.append(trial.name))
     assert sorted(seen) == sorted(trial.name for trial in trials) and len(seen) == 1 + 2 * 2
     on_tune = [trial.evaluation.artifact.result["distance"] for trial in trials]
     for trial in trials:
@@ -74,23 +77,23 @@ def test_a_sweep_on_ray_tune_measures_what_a_plain_evaluation_measures(
             path.unlink()
     evaluate([trial.evaluation for trial in trials], ALONE)
     assert on_tune == pytest.approx([t.evaluation.artifact.result["distance"] for t in trials], rel=1e-6)
-    guided = [trial for trial in trials if trial.omega > 0]
+    guided = [trial for trial in trials if trial.cell.omega > 0]
     best = min(guided, key=lambda trial: trial.evaluation.artifact.result["distance"])
-    assert finetuned.plan.sweep.result["selected"]["budget_kimg"] == best.budget_kimg
+    assert sweep.artifact.result["selected"]["budget_kimg"] == best.cell.budget_kimg
 
 
 def test_a_trial_with_a_result_is_not_run_again(finetuned: SimsRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    sweep, trials = finetuned.plan.sweep, finetuned.plan.trials
-    evaluate([trial.evaluation for trial in trials], ALONE)
-    (sweep.path / "manifest.json").unlink(missing_ok=True)
+    sweep = finetuned.plan.sweep
+    evaluate([trial.evaluation for trial in sweep.trials], ALONE)
+    shutil.rmtree(sweep.artifact.path, ignore_errors=True)
     monkeypatch.setattr("sims_ray.stages.tune.evaluate_here", lambda *_: pytest.fail("a trial ran twice"))
     seen: list[str] = []
-    tune(sweep, trials, ALONE, lambda trial: seen.append(trial.name))
-    assert len(seen) == len(trials) and sweep.complete
+    tune(sweep, ALONE, lambda trial, outcome: seen.append(trial.name))
+    assert len(seen) == len(sweep.trials) and sweep.artifact.complete
 
 
 def test_moments_from_actors_equal_those_of_a_plain_loop(finetuned: SimsRun, ray_cluster: ComputeSettings) -> None:
-    evaluation = finetuned.plan.evaluation(range(500, 564), 1.0, 1.0, 96)
+    evaluation = finetuned.plan.evaluation(range(500, 564), Cell(1.0, 1.0, 96))
     evaluate([evaluation], ALONE)
     expected = evaluation.artifact.result["distance"]
     for path in evaluation.artifact.path.iterdir():

@@ -145,7 +145,7 @@ def test_an_auxiliary_with_a_shared_encoder_costs_what_its_halves_cost() -> None
     ("overrides", "grown"),
     [
         (("train.duration_kimg=200",), {"train base"}),
-        (("finetune.budgets_kimg=[40,80]",), {"finetune n_s=2000", "finetune n_s=6000"}),
+        (("finetune.budgets_kimg=[40,80]",), {"finetune n_s=2000", "finetune n_s=6000", "train longer base"}),
         (("tune.n_s=[4000,12000]",), {"synthesize"}),
         (("tune.n_images=1000",), {"tune base", "tune SIMS"}),
         (("evaluate.n_images=2000",), {"report base", "report auxiliary", "report SIMS"}),
@@ -181,9 +181,9 @@ def test_a_run_does_what_was_planned_and_leaves_about_as_many_bytes(tiny: TinyRe
     assert not out.exists()
     run = SimsRun(recipe, out)
     run.report()
-    sets = [run.plan.synthesis_job, *run.plan.preview_jobs(run.tune()).values()]
-    evaluations = [trial.evaluation for trial in run.plan.trials]
-    reports = [e for blocks in run.plan.report_evaluations(run.tune()).values() for e in blocks]
+    sets = [run.plan.synthesis_job, *run.plan.preview_jobs(run.tune()["best"]).values()]
+    evaluations = [trial.evaluation for trial in run.plan.sweep.trials]
+    reports = [e for blocks in run.plan.report_evaluations(run.tune()["best"]).values() for e in blocks]
     jobs = [job for job in (run.plan.base_job, run.plan.finetune_job(96)) if job is not None]
     made = {
         "train": [(job.stop_nimg, 1.0) for job in jobs[:1]],
@@ -219,7 +219,7 @@ def test_an_outline_is_the_plan_of_the_run(tiny: TinyRecipe, out: Path) -> None:
     outline, plan = Outline(recipe, out), Plan(recipe, out)
     assert vars(outline).keys() == vars(plan).keys()
     assert outline.base_job == plan.base_job and outline.finetune_job(96) == plan.finetune_job(96)
-    assert [trial.evaluation for trial in outline.trials] == [trial.evaluation for trial in plan.trials]
+    assert outline.sweep.trials == plan.sweep.trials
 
 
 def test_images_that_are_not_there_need_a_shape_unless_the_model_is_a_published_one(out: Path) -> None:

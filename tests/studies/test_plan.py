@@ -6,18 +6,19 @@ import numpy as np
 import pytest
 
 from sims_ray.config import load_recipe, presets
-from sims_ray.data.table import Samples, table_result, write_samples
+from sims_ray.data.table import IMAGE_CHANNELS, Samples, table_result, write_samples
 from sims_ray.errors import SimsError
+from sims_ray.stages.cells import Cell
 from sims_ray.storage.artifacts import Store
 from sims_ray.storage.checkpoints import save_tensors
 from sims_ray.storage.models import SimsModel
-from sims_ray.studies.inputs import IMAGE_CHANNELS, Inputs
+from sims_ray.studies.inputs import Inputs
 from sims_ray.studies.plan import Plan
 from sims_ray.studies.sims import SimsRun
 from tests.conftest import TinyRecipe
 from tests.networks import SETTINGS, small_network
 
-CELL = (1.0, 1.0, 96)  # omega, budget, n_s
+CELL = Cell(1.0, 1.0, 96)
 
 
 def table_like(folder: Path, shape: tuple[int, int, int], num_classes: int, dtype: type = np.uint8) -> Path:
@@ -85,7 +86,7 @@ def test_a_setting_makes_other_artifacts_exactly_where_it_changes_their_content(
         artifacts = {
             "base": plan.base_artifact,
             "finetune": plan.finetune_job(96).artifact,
-            "evaluation": plan.evaluation(seeds, *CELL).artifact,
+            "evaluation": plan.evaluation(seeds, plan.cell(1.0, 1.0, 96)).artifact,
         }
         prints = {name: artifact.fingerprint for name, artifact in artifacts.items()}
         return {**prints, "synthesis": plan.synthesis_job.fingerprint}
@@ -101,9 +102,9 @@ def test_what_is_made_from_a_training_depends_on_how_long_it_was(out: Path, tiny
     assert short.synthesis_job.model.base == str(short.base)
     assert short.finetune_job(96).init_state != long.finetune_job(96).init_state
     seeds = short.seeds["selection"]
-    budgets = [short.evaluation(seeds, 1.0, budget, 96).artifact for budget in (0.5, 1.0)]
+    budgets = [short.evaluation(seeds, Cell(1.0, budget, 96)).artifact for budget in (0.5, 1.0)]
     assert budgets[0].parents[:2] == budgets[1].parents[:2] and budgets[0].parents[2] != budgets[1].parents[2]
-    previews = [plan.preview_jobs({"omega": 1.0, "budget_kimg": 1.0, "n_s": 96}) for plan in (short, long)]
+    previews = [plan.preview_jobs({"score": CELL.params}) for plan in (short, long)]
     assert all(previews[0][name].fingerprint != previews[1][name].fingerprint for name in previews[0])
 
 
@@ -122,9 +123,9 @@ def test_a_base_of_the_users_has_no_training_state_to_start_from(setting: str, o
 def test_the_auxiliary_of_the_table_is_not_touched_by_a_guidance_interval(out: Path, tiny: TinyRecipe) -> None:
     plain, interval = (Plan(tiny(*extra), out) for extra in ((), ("guidance.sigma_lo=0.1", "guidance.sigma_hi=5")))
     seeds = plain.seeds["selection"]
-    alone = (-1.0, 1.0, 96)
-    assert plain.evaluation(seeds, *alone).artifact == interval.evaluation(seeds, *alone).artifact
-    assert isinstance(interval.model(*alone), SimsModel)
+    alone = Cell(-1.0, 1.0, 96)
+    assert plain.evaluation(seeds, alone).artifact == interval.evaluation(seeds, alone).artifact
+    assert isinstance(interval.model(alone), SimsModel)
 
 
 def test_labels_make_another_set_and_are_refused_at_once_where_the_network_does_not_know_them(

@@ -14,7 +14,9 @@ from tests.conftest import TinyRecipe
 
 def times(out: Path) -> dict[str, int]:
     return {
-        str(p.relative_to(out)): p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and "mlflow" not in p.name
+        str(p.relative_to(out)): p.stat().st_mtime_ns
+        for p in out.rglob("*")
+        if p.is_file() and "mlflow" not in p.name and p.suffix != ".lock"
     }
 
 
@@ -25,7 +27,8 @@ def test_a_second_run_reruns_nothing_and_says_the_same(tiny: TinyRecipe, out: Pa
     assert run.report() == first
     assert times(out) == before
     assert "to do" not in run.describe()
-    assert [row["model"] for row in first["table"]] == ["base", "auxiliary", "SIMS"]
+    matched = ["base, matched evaluations", "base, matched training"]
+    assert [row["model"] for row in first["table"]] == ["base", *matched, "auxiliary", "SIMS"]
     assert json.loads((out / "result.json").read_text())["table"] == first["table"]
     assert (out / "report" / "report.html").stat().st_size > 1e6
     client = MlflowClient(f"sqlite:///{out / 'mlflow.db'}")
@@ -77,15 +80,16 @@ def test_a_search_with_more_budgets_trains_on_and_measures_only_what_is_new(tiny
 
 
 def test_a_base_can_be_trained_on_and_the_report_of_the_shorter_one_stays_as_it_is(tiny: TinyRecipe, out: Path) -> None:
-    first = SimsRun(tiny(), out).report()
-    longer = SimsRun(tiny("train.duration_kimg=3"), out)
+    alone = "evaluate.matched=false"
+    first = SimsRun(tiny(alone), out).report()
+    longer = SimsRun(tiny("train.duration_kimg=3", alone), out)
     assert "to do: B=3 kimg" in longer.describe()
     second = longer.report()
     assert longer.plan.base_artifact.path.parent == out / "artifacts"
     assert len(list(longer.plan.base_artifact.path.glob("ema-*"))) == 2
     assert second["losses"]["base"][: len(first["losses"]["base"])] == first["losses"]["base"]
     assert second["table"] != first["table"]
-    assert SimsRun(tiny(), out).report() == first
+    assert SimsRun(tiny(alone), out).report() == first
 
 
 def test_dry_run_changes_nothing(tiny: TinyRecipe, out: Path) -> None:
@@ -130,4 +134,4 @@ def test_unlabelled_images_need_features_without_labels(tiny: TinyRecipe, tmp_pa
     with pytest.raises(SimsError, match=r"features\.kind=pixels"):
         SimsRun(tiny(f"data.path={tmp_path / 'table'}"), tmp_path / "run")
     run = SimsRun(tiny(f"data.path={tmp_path / 'table'}", "features.kind=pixels"), tmp_path / "run")
-    assert run.tune()["metric"] == "fd_pixels@64"
+    assert run.tune()["selected"]["metric"] == "fd_pixels@64"
