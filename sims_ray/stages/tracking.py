@@ -22,6 +22,7 @@ PARENT_TAG = "mlflow.parentRunId"
 NAME_TAG = "mlflow.runName"
 PARAM_CHARS = 500
 METRICS_PER_CALL = 500
+MODEL = "model"  # folder of a run's artifacts
 T = TypeVar("T")
 
 # A dead server must cost seconds, not the minutes of MLflow's default retries.
@@ -169,6 +170,26 @@ class TrackedRun:
             client.attempt(lambda: client.client.log_artifacts(self.run_id, str(path), folder))
         else:
             client.attempt(lambda: client.client.log_artifact(self.run_id, str(path), folder))
+
+    def register(self, folder: Path, name: str) -> None:
+        """Log the folder of a model and make it the newest version of `name` in the registry."""
+        if self.run_id is not None:
+            self._tracker.attempt(lambda: self._register(folder, name))
+
+    def _register(self, folder: Path, name: str) -> None:
+        from mlflow.exceptions import MlflowException
+
+        client = self._tracker.client
+        client.log_artifacts(self.run_id, str(folder), MODEL)
+        try:
+            client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        known = client.search_model_versions(f"name='{name}'")
+        if self.run_id not in {version.run_id for version in known}:
+            source = f"{client.get_run(self.run_id).info.artifact_uri}/{MODEL}"
+            client.create_model_version(name, source, run_id=self.run_id)
 
     def reopen(self, params: Mapping[str, Any]) -> None:
         """Go on logging to a run that was finished, as what it is of is extended; adds parameters."""
