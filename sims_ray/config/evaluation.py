@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from sims_ray.config.base import Count, Positive, Seed, Settings
 
+FEWEST_TO_EXTRAPOLATE = 30
+
 
 class FeatureSettings(Settings):
     """What distances are measured in."""
@@ -26,6 +28,9 @@ class FeatureSettings(Settings):
     batch_size: Count = 128
     lr: Positive = 1e-3
     seed: Seed = 0
+    reference_nimg: Count = Field(
+        10_000, description="real images whose features are kept, for what moments do not say: KID, precision, recall"
+    )
 
     @model_validator(mode="after")
     def _weights_where_they_belong(self) -> Self:
@@ -42,6 +47,19 @@ class EvaluateSettings(Settings):
     n_images: Annotated[int, Field(ge=2)] = Field(50_000, description="images per report block")
     blocks: Count = Field(3, description="disjoint seed blocks; the spread over them is reported")
     part_nimg: Count = Field(1_000, description="images per unit of work")
+    measures: tuple[Literal["kid", "manifold", "fd_inf"], ...] = Field(
+        ("kid", "manifold", "fd_inf"),
+        description="beside the distance; manifold: precision, recall, density and coverage; fd_inf: at infinite n",
+    )
     matched: bool = Field(
         True, description="compare with the base at as many network evaluations, and trained on for as many images"
     )
+
+    @model_validator(mode="after")
+    def _enough_images(self) -> Self:
+        if "fd_inf" in self.measures and self.n_images < FEWEST_TO_EXTRAPOLATE:
+            raise ValueError(
+                f"n_images={self.n_images} are too few for fd_inf, which takes {FEWEST_TO_EXTRAPOLATE}; raise it, or "
+                f"leave fd_inf out of evaluate.measures"
+            )
+        return self

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -36,6 +36,9 @@ class TuneSettings(Settings):
         "algorithm of Ray Tune by its name there",
     )
     num_trials: Count | None = Field(None, description="cells that a search tries at most; null: a third of them")
+    measures: tuple[Literal["kid", "manifold", "fd_inf"], ...] = Field(
+        ("manifold",), description="beside the distance, of trials that are measured in full"
+    )
     unimodal: bool = Field(
         True, description="a search leaves out strengths beyond the two that enclose the best known one"
     )

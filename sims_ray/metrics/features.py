@@ -24,6 +24,13 @@ def pixel_features(images: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
+def image_features(extractor: FeatureExtractor, images: NDArray[np.uint8] | Tensor) -> NDArray[np.float32]:
+    """Features [N, F] of uint8 images [N, C, H, W], a batch at a time."""
+    batches = torch.split(torch.as_tensor(images), BATCH)
+    return np.concatenate([extractor(batch).cpu().to(torch.float32).numpy() for batch in batches])
+
+
+@torch.inference_mode()
 def feature_moments(extractor: FeatureExtractor, images: NDArray[np.uint8] | Tensor) -> Moments:
     """Moments of the features of uint8 images [N, C, H, W]."""
     batches = torch.split(torch.as_tensor(images), BATCH)

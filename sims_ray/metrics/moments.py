@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,10 +59,10 @@ class Moments:
             raise ValueError(f"a covariance needs at least 2 feature vectors, found {self.n}; evaluate more images")
         return self.scatter / (self.n - 1)
 
-    def save(self, path: Path, **facts: float) -> None:
+    def save(self, path: Path, **facts: Any) -> None:
         """Write to an uncompressed `.npz` with arrays `n`, `mean`, `scatter`, and further facts by name."""
         with path.open("wb") as file:
-            np.savez(file, n=np.int64(self.n), mean=self.mean, scatter=self.scatter, **facts)  # type: ignore[arg-type]
+            np.savez(file, n=np.int64(self.n), mean=self.mean, scatter=self.scatter, **facts)
 
     @classmethod
     def load(cls, path: Path) -> Moments:

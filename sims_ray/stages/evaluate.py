@@ -21,11 +21,12 @@ import torch
 from sims_ray.config import ComputeSettings
 from sims_ray.diffusion.generate import Batch
 from sims_ray.errors import SimsError
-from sims_ray.metrics.features import images_moments
+from sims_ray.metrics.features import image_features
 from sims_ray.metrics.frechet import frechet_distance
+from sims_ray.metrics.measures import Measure, measure
 from sims_ray.metrics.moments import Moments, merge_all
 from sims_ray.stages.extractors import FD, Extractor, metric_name
-from sims_ray.stages.features import feature_name, load_extractor, load_reference
+from sims_ray.stages.features import feature_name, load_extractor, load_real_features, load_reference
 from sims_ray.stages.pool import run_on_pool
 from sims_ray.stages.progress import Progress
 from sims_ray.stages.sampling import ImageSampler
@@ -52,6 +53,7 @@ class Evaluation:
         features: folder of the features artifact.
         part_nimg: images per unit of work.
         fidelities: numbers of images, increasing, at which the distance is taken on the way to all of them.
+        measures: what is measured besides, over all images.
     """
 
     artifact: Artifact
@@ -61,6 +63,7 @@ class Evaluation:
     features: Path
     part_nimg: int
     fidelities: tuple[int, ...] = ()
+    measures: tuple[Measure, ...] = ()
 
     def parts(self, nimg: int | None = None) -> list[Part]:
         """The units of work of the first `nimg` images, in the order in which their moments are merged."""
@@ -122,9 +125,12 @@ class MomentsWorker:
         nfe: list[float] = []
         batches = self._sampler.batches(evaluation.model, part.seeds, evaluation.sampler)
         extractor = _extractor(str(evaluation.features.resolve()), self._sampler.device)
-        moments = images_moments(extractor.features, _images(batches, nfe))
+        features = [image_features(extractor.features, images) for images in _images(batches, nfe)]
+        facts: dict[str, Any] = {"nfe": nfe[0], "worker_s": time.monotonic() - started_s}
+        if evaluation.measures:
+            facts["features"] = np.concatenate(features)
         with atomic_path(part.path) as beside:
-            moments.save(beside, nfe=nfe[0], worker_s=time.monotonic() - started_s)
+            merge_all(map(Moments.of, features)).save(beside, **facts)
         return {}
 
 
@@ -223,9 +229,23 @@ def _commit(evaluation: Evaluation) -> None:
         _merged(evaluation, len(evaluation.seeds)).save(beside)
     curve = evaluation.curve
     facts = {"metric": evaluation.metric, **curve[-1], "curve": curve, **_facts(parts)}
+    if evaluation.measures:
+        facts["measures"] = _measured(evaluation, parts)
     evaluation.artifact.commit({MOMENTS: {}}, facts)
     for path in (*evaluation.artifact.path.glob("part-*.npz"), evaluation.artifact.path / CURVE):
         path.unlink(missing_ok=True)
+
+
+def _measured(evaluation: Evaluation, parts: Sequence[Part]) -> dict[str, float]:
+    found = []
+    for part in parts:
+        with np.load(part.path, allow_pickle=False) as arrays:
+            found.append(arrays["features"])
+    real, reference = load_real_features(evaluation.features), _reference(str(evaluation.features.resolve()))
+    try:
+        return measure(evaluation.measures, np.concatenate(found), real, reference)
+    except ValueError as error:
+        raise SimsError(f"{evaluation.artifact.path}: {error}; or measure less with evaluate.measures=[]") from None
 
 
 def _facts(parts: Sequence[Part]) -> dict[str, float]:

@@ -7,15 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 
 from sims_ray.config import ComputeSettings, FeatureSettings
 from sims_ray.data.table import SampleTable
 from sims_ray.diffusion.noise import step_generator
 from sims_ray.diffusion.order import TrainingOrder
 from sims_ray.errors import SimsError
-from sims_ray.metrics.features import images_moments
+from sims_ray.metrics.features import image_features
 from sims_ray.metrics.moments import Moments, merge_all
 from sims_ray.nn.classifier import FeatureClassifier
 from sims_ray.stages.cluster import as_sentence, start_ray
@@ -29,6 +31,7 @@ from sims_ray.storage.stores import is_uri
 logger = logging.getLogger("sims_ray")
 
 REFERENCE = "reference.npz"
+REAL_FEATURES = "features.npy"
 REPORT_STEPS = 50
 
 
@@ -49,7 +52,7 @@ def make_features(artifact: Artifact, settings: FeatureSettings, table: str | Pa
     progress = Progress(f"features ({settings.kind})", nimg)
     for done_nimg in _in_worker(artifact, settings, table, compute):
         progress.update(done_nimg)
-    files = [REFERENCE] + ([CLASSIFIER] if settings.kind == "classifier" else [])
+    files = [REFERENCE, REAL_FEATURES] + ([CLASSIFIER] if settings.kind == "classifier" else [])
     result: dict[str, Any] = {"kind": settings.kind, "name": name, "weights": absolute_weights(settings)}
     if settings.kind == "classifier":
         result["accuracy"] = load_tensors(artifact.path / CLASSIFIER)[1]["accuracy"]
@@ -112,6 +115,12 @@ def load_reference(folder: Path) -> Moments:
     return Moments.load(folder / REFERENCE)
 
 
+def load_real_features(folder: Path) -> NDArray[np.float32]:
+    """Features of real images [M, F], a random choice of `features.reference_nimg` of them."""
+    features: NDArray[np.float32] = np.load(folder / REAL_FEATURES, allow_pickle=False)
+    return features
+
+
 def _make(
     artifact: Artifact, settings: FeatureSettings, table_path: str | Path, threads: int | None, device: str = "cpu"
 ) -> Iterator[int]:
@@ -126,14 +135,26 @@ def _make(
         extractor = load_extractor_of("checkpoint", str(artifact.path / CLASSIFIER), device)
     else:
         extractor = load_extractor_of(settings.kind, absolute_weights(settings), device)
-    parts, done = [], 0
+    chosen = _chosen_rows(len(table), settings)
+    parts, kept, done = [], [], 0
     for part in table.files():
-        parts.append(images_moments(extractor.features, [torch.from_numpy(part.images.copy())]))
-        done += parts[-1].n
+        features = image_features(extractor.features, torch.from_numpy(part.images.copy()))
+        parts.append(Moments.of(features))
+        kept.append(features[chosen[(chosen >= done) & (chosen < done + len(features))] - done])
+        done += len(features)
         if settings.kind != "classifier":
             yield done
     with atomic_path(artifact.path / REFERENCE) as beside:
         merge_all(parts).save(beside)
+    shuffled = np.random.default_rng(settings.seed).permutation(len(chosen))  # so that any first ones are a fair choice
+    with atomic_path(artifact.path / REAL_FEATURES) as beside, beside.open("wb") as file:
+        np.save(file, np.concatenate(kept)[shuffled])
+
+
+def _chosen_rows(num_rows: int, settings: FeatureSettings) -> NDArray[np.int64]:
+    """Which real images' features are kept, in order."""
+    rng = np.random.default_rng(settings.seed)
+    return np.sort(rng.choice(num_rows, min(num_rows, settings.reference_nimg), replace=False))
 
 
 def _train_classifier(

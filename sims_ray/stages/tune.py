@@ -123,7 +123,9 @@ def outcome_of(trial: Trial) -> Outcome:
     evaluation = trial.evaluation
     curve, stopped = evaluation.curve, not evaluation.artifact.complete
     last = {"metric": evaluation.metric_at(int(curve[-1]["nimg"])), "distance": curve[-1]["distance"]}
-    return {**trial.cell.params, **last, **spent(evaluation), "curve": curve, "stopped": stopped}
+    found = {**trial.cell.params, **last, **spent(evaluation), "curve": curve, "stopped": stopped}
+    measures = {} if stopped else evaluation.artifact.result.get("measures", {})
+    return {**found, "measures": measures} if measures else found
 
 
 def chosen(sweep: Sweep, outcomes: Mapping[Cell, Outcome]) -> dict[str, Any]:

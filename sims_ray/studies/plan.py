@@ -14,6 +14,7 @@ from sims_ray.config.labels import LabelSettings
 from sims_ray.data.synthetic import STAGE, SyntheticSet
 from sims_ray.diffusion.labels import check_labels
 from sims_ray.errors import SimsError
+from sims_ray.metrics.measures import Measure
 from sims_ray.stages.cells import Cell, Trial
 from sims_ray.stages.evaluate import Evaluation
 from sims_ray.stages.features import feature_content
@@ -169,14 +170,25 @@ class Plan:
         """Sampler settings of a cell as plain values."""
         return self.sampler if cell.num_steps is None else {**self.sampler, "num_steps": cell.num_steps}
 
-    def evaluation(self, seeds: range, cell: Cell, fidelities: tuple[int, ...] = ()) -> Evaluation:
-        """The distance of one model on given seeds."""
+    def evaluation(
+        self, seeds: range, cell: Cell, fidelities: tuple[int, ...] = (), measures: tuple[Measure, ...] | None = None
+    ) -> Evaluation:
+        """The distance of one model on given seeds, and what is measured besides: on report seeds unless told."""
         content, parents = self._content(cell)
+        measures = self.recipe.evaluate.measures if measures is None else measures
+        content |= {"measures": list(measures)} if measures else {}
         settings = {**content, "seeds": [seeds.start, seeds.stop]}
         artifact = self.store.artifact("evaluate", settings, [self.features, *parents])
         part_nimg = self.recipe.evaluate.part_nimg
         return Evaluation(
-            artifact, self.model(cell), self.sampler_of(cell), seeds, self.features.path, part_nimg, fidelities
+            artifact,
+            self.model(cell),
+            self.sampler_of(cell),
+            seeds,
+            self.features.path,
+            part_nimg,
+            fidelities,
+            measures,
         )
 
     @cached_property
@@ -185,7 +197,10 @@ class Plan:
         settings = self.recipe.tune
         lattices = sweep_lattices(self.recipe)
         cells = dict.fromkeys([Cell(), *(cell for lattice in lattices.values() for cell in lattice.cells)])
-        trials = [Trial(cell, self.evaluation(self.seeds["selection"], cell, settings.stops)) for cell in cells]
+        trials = [
+            Trial(cell, self.evaluation(self.seeds["selection"], cell, settings.stops, settings.measures))
+            for cell in cells
+        ]
         artifact = self.store.artifact(
             "tune", search_content(settings), [trial.evaluation.artifact for trial in trials]
         )

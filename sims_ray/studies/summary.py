@@ -62,6 +62,7 @@ def result_rows(plan: Plan, best: Mapping[str, Mapping[str, Any]]) -> list[dict[
     for name, results in blocks.items():
         distances = [result["distance"] for result in results]
         spread = Spread.of(distances)
+        measured = results[0].get("measures", {})
         rows.append(
             {
                 "model": name,
@@ -72,6 +73,7 @@ def result_rows(plan: Plan, best: Mapping[str, Mapping[str, Any]]) -> list[dict[
                 "standard_error": spread.standard_error,
                 "difference": None if name == BASE else asdict(paired_difference(distances, base)),
                 "blocks": distances,
+                "measures": {key: float(np.mean([r["measures"][key] for r in results])) for key in measured},
                 "n_images": results[0]["nimg"],
                 "evaluations_per_image": results[0]["nfe"],
                 "gain": 1 - spread.mean / float(np.mean(base)),

@@ -6,12 +6,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sims_ray.config import ComputeSettings
+from sims_ray.data.table import SampleTable
 from sims_ray.errors import SimsError
+from sims_ray.metrics.features import image_features
+from sims_ray.metrics.frechet import frechet_distance
+from sims_ray.metrics.kid import kid
+from sims_ray.metrics.manifold import manifold_scores
+from sims_ray.metrics.moments import Moments
 from sims_ray.stages.cells import Cell, Trial
 from sims_ray.stages.evaluate import Evaluation, MomentsWorker, evaluate_here
+from sims_ray.stages.features import load_extractor, load_real_features, load_reference
+from sims_ray.stages.images import images_of
 from sims_ray.stages.tune import Sweep, tune
 from sims_ray.studies.sims import SimsRun
 from tests.conftest import TinyRecipe
@@ -177,3 +186,28 @@ def test_a_trial_that_is_noted_is_told_and_not_measured(tiny: TinyRecipe, fresh:
     sweep.note(guided).write_text(json.dumps(noted))
     (sweep.artifact.path / "manifest.json").unlink()
     assert run(sweep, ALONE)[guided.name]["distance"] == 123.0
+
+
+def test_what_is_measured_besides_is_that_of_the_images_features(tiny: TinyRecipe, fresh: Path) -> None:
+    plan = SimsRun(tiny("evaluate.part_nimg=20"), fresh).plan
+    evaluation = plan.evaluation(plan.report_blocks[0], Cell())
+    evaluate_here(evaluation, MomentsWorker(ALONE))
+    images, _ = images_of(evaluation.model, evaluation.seeds, plan.sampler)
+    features = image_features(load_extractor(plan.features.path).features, images)
+    real = load_real_features(plan.features.path)
+    assert len(real) == len(np.unique(real, axis=0)) == 1797
+    measures = evaluation.artifact.result["measures"]
+    scores = manifold_scores(real[:64], features, 5)
+    assert measures["kid"] == pytest.approx(kid(real, features), rel=1e-3)
+    assert measures["precision"] == pytest.approx(scores.precision, abs=0.05)
+    assert measures["recall"] == pytest.approx(scores.recall, abs=0.05)
+    assert set(measures) == {"kid", "precision", "recall", "density", "coverage", "fd_inf"}
+
+
+def test_the_first_of_the_kept_real_features_are_a_fair_choice(tiny: TinyRecipe, fresh: Path) -> None:
+    plan = SimsRun(tiny(), fresh).plan
+    real, reference = load_real_features(plan.features.path), load_reference(plan.features.path)
+    assert frechet_distance(Moments.of(real), reference) == pytest.approx(0, abs=1e-6)
+    table = SampleTable(plan.inputs.table).head(1797)
+    in_order = image_features(load_extractor(plan.features.path).features, table.images)
+    assert not np.array_equal(in_order[:200], real[:200])
