@@ -30,6 +30,7 @@ TINY = (
     "evaluate.n_images=64",
     "evaluate.part_nimg=32",
     "tune.omega=[-1,0,1]",
+    "tune.w=[]",
     "tune.n_s=[96]",
     "tune.n_images=64",
     "seeds.preview_nimg=9",

@@ -42,7 +42,7 @@ def omega_series(trials: Sequence[Mapping[str, Any]]) -> list[Line]:
     base = base_distance(trials)
     points: dict[tuple[int, float], dict[float, float]] = {}
     for trial in trials:
-        if trial["omega"] != 0:
+        if trial["omega"] != 0 and trial.get("space", "score") == "score":
             start = {} if base is None else {0.0: base}
             line = points.setdefault((trial["n_s"], trial["budget_kimg"]), start)
             line[float(trial["omega"])] = _value(trial["distance"])

@@ -17,7 +17,7 @@ from sims_ray.storage.artifacts import MANIFEST, read_manifest, write_json
 from sims_ray.storage.training_states import TrainingStates
 
 NOTE = "settings.json"
-SECTIONS = {"base": "train", "auxiliary": "finetune"}
+SECTIONS = {"base": "train", "auxiliary": "finetune", "longer base": "finetune"}
 ELSEWHERE = {"precision": "network.precision", "forced_precision": "compute.precision"}
 SET_SIZE = "n_s"  # an auxiliary of another set size is another point of the same search
 UNSET = "unset"

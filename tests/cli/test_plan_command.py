@@ -49,7 +49,7 @@ def test_the_plan_of_cifar10_is_the_papers_in_one_table(
     monkeypatch.chdir(tmp_path)
     assert sims("plan", "edm-cifar10-vp", "--gpu", "v100", "--workers", "8") == 0
     said = capsys.readouterr().out
-    (name,) = [row for row in columns(said) if row.startswith("train")]
+    name, _ = [row for row in columns(said) if row.startswith("train")]  # the other is the base trained on, to compare
     images, nfe, evaluations, macs, flops, time, hours, _ = columns(said)[name]
     assert (images, nfe, evaluations, time, hours) == ("200,000,000", "1", "2e+08", "2 d", "384")
     assert float(macs) == pytest.approx(1.28e19, rel=0.01) and float(flops) == pytest.approx(2 * float(macs), rel=0.01)

@@ -147,8 +147,8 @@ def test_an_auxiliary_with_a_shared_encoder_costs_what_its_halves_cost() -> None
         (("train.duration_kimg=200",), {"train base"}),
         (("finetune.budgets_kimg=[40,80]",), {"finetune n_s=2000", "finetune n_s=6000", "train longer base"}),
         (("tune.n_s=[4000,12000]",), {"synthesize"}),
-        (("tune.n_images=1000",), {"tune base", "tune SIMS"}),
-        (("evaluate.n_images=2000",), {"report base", "report auxiliary", "report SIMS"}),
+        (("tune.n_images=1000",), {"tune base", "tune SIMS", "tune Neon"}),
+        (("evaluate.n_images=2000",), {"report base", "report auxiliary", "report SIMS", "report Neon"}),
         (("seeds.preview_nimg=128",), {"preview"}),
     ],
 )
