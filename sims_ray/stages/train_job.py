@@ -40,7 +40,7 @@ class TrainJob:
     snapshots are the shorter runs.
 
     Attributes:
-        role: "base" or "auxiliary".
+        role: "base", "auxiliary", or "longer base": a base of the user's, trained on with real images.
         artifact: the training artifact.
         network: entry `network` of the checkpoint card.
         settings: optimiser, EMA and noise.

@@ -32,7 +32,9 @@ def test_a_base_of_the_users_is_improved_without_training_and_hands_on_its_licen
     summary = run.report()
     copied, card = load_tensors(run.plan.base)
     assert all(torch.equal(copied[name], tensor) for name, tensor in load_tensors(base)[0].items())
-    assert [row["model"] for row in summary["table"]] == ["base", "auxiliary", "SIMS"]
+    matched = ["base, matched evaluations", "base, matched training"]
+    assert [row["model"] for row in summary["table"]] == ["base", *matched, "auxiliary", "SIMS"]
+    assert len({row["distance"] for row in summary["table"]}) == 5
     _, aux_card = load_tensors(run.plan.finetune_job(96).artifact.path / "ema-1kimg.safetensors")
     assert aux_card["licence"] == card["licence"]
     assert "base" not in summary["losses"]
