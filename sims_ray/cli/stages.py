@@ -56,6 +56,7 @@ def _run(
         typer.echo(run.describe())
     else:
         action(run)
+        run.pause()
 
 
 def budgets_kimg(text: str) -> list[float]:

@@ -18,6 +18,7 @@ logger = logging.getLogger("sims_ray")
 
 KEY_TAG = "sims_ray.key"
 OUT_TAG = "sims_ray.out"  # two folders on one server keep runs of their own, whatever is in them
+PAUSED_TAG = "sims_ray.paused"  # of a run that ended with its process, and that a later one goes on with
 PARENT_TAG = "mlflow.parentRunId"
 NAME_TAG = "mlflow.runName"
 PARAM_CHARS = 500
@@ -94,7 +95,8 @@ class Tracker:
             page = client.search_runs([self._experiment_id], max_results=1000, page_token=token)
             for run in page:
                 if KEY_TAG in run.data.tags and run.data.tags.get(OUT_TAG) == self._out:
-                    self._runs[run.data.tags[KEY_TAG]] = (run.info.run_id, run.info.status == "FINISHED")
+                    finished = run.info.status == "FINISHED" and PAUSED_TAG not in run.data.tags
+                    self._runs[run.data.tags[KEY_TAG]] = (run.info.run_id, finished)
             token = page.token
             if not token:
                 break
@@ -111,6 +113,9 @@ class Tracker:
             self._runs[key] = (run.info.run_id, False)
         run_id, finished = self._runs[key]
         if not finished:  # a run that was killed while young may lack them; the same ones again are allowed
+            if PAUSED_TAG in self._client.get_run(run_id).data.tags:
+                self._client.delete_tag(run_id, PAUSED_TAG)
+                self._client.update_run(run_id, status="RUNNING")
             flat = [Param(k, str(v)[:PARAM_CHARS]) for k, v in flatten(params).items()]
             self._client.log_batch(run_id, params=flat)
         return run_id, finished
@@ -198,6 +203,15 @@ class TrackedRun:
         self.finished = False
         flat = {name: str(value)[:PARAM_CHARS] for name, value in flatten(params).items()}
         self._tracker.attempt(lambda: [self._tracker.client.log_param(self.run_id, k, v) for k, v in flat.items()])
+
+    def pause(self) -> None:
+        """End the run as far as readers are concerned; a later process goes on with it."""
+        if self.run_id is not None and not self.finished:
+            self._tracker.attempt(self._pause)
+
+    def _pause(self) -> None:
+        self._tracker.client.set_tag(self.run_id, PAUSED_TAG, "true")
+        self._tracker.client.set_terminated(self.run_id, "FINISHED")
 
     def finish(self) -> None:
         """Mark the run as finished."""

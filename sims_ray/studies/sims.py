@@ -211,6 +211,11 @@ class SimsRun:
         jobs = self.plan.preview_jobs(best)
         return {name: SampleTable(job.set.folder).head(job.n).images for name, job in jobs.items()}
 
+    def pause(self) -> None:
+        """Say in the record that no more is to come from this process."""
+        if self._root is not None:
+            self._root.pause()
+
     def describe(self) -> str:
         """The stages, and which are complete; changes nothing."""
         return stages_overview(self.plan)
@@ -266,7 +271,8 @@ class SimsRun:
 
     def _log_trial(self, trial: Trial, outcome: Mapping[str, Any], parent: TrackedRun) -> None:
         """A trial's distances against images, and what they cost."""
-        run = self.tracker.run(trial.evaluation.artifact.fingerprint, trial.name, trial.cell.params, parent)
+        key = fingerprint("trial", {}, [self.plan.sweep.artifact.fingerprint, trial.evaluation.artifact.fingerprint])
+        run = self.tracker.run(key, trial.name, trial.cell.params, parent)
         if not run.finished:
             metric = outcome["metric"].partition("@")[0]
             run.log([{"nimg": point["nimg"], metric: point["distance"]} for point in outcome["curve"]])

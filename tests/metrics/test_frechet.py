@@ -159,3 +159,10 @@ def test_moments_that_are_not_finite_are_refused(broken: float) -> None:
 def test_a_covariance_of_another_width_is_refused() -> None:
     with pytest.raises(ValueError, match="needs F x F"):
         frechet_distance(Statistics(np.zeros(3), np.eye(4)), gaussian(np.zeros(3), np.eye(3)))
+
+
+def test_a_side_of_rank_one_has_the_closed_form_beside_one_of_full_rank() -> None:
+    a, u = random_covariance(6, 9, 2), np.random.default_rng(7).normal(size=6)
+    expected = np.trace(a) + u @ u - 2 * np.sqrt(u @ a @ u)  # as the root of a^(1/2) u u^T a^(1/2) has one eigenvalue
+    for one, other in ((a, np.outer(u, u)), (np.outer(u, u), a)):
+        assert frechet_distance(gaussian(np.zeros(6), one), gaussian(np.zeros(6), other)) == pytest.approx(expected)

@@ -28,6 +28,21 @@ def test_a_restart_continues_the_same_run_and_logs_no_step_twice(tmp_path: Path)
     assert [(m.step, m.value) for m in history] == [(r["nimg"], r["loss"]) for r in rows]
 
 
+def test_a_paused_run_looks_finished_and_is_gone_on_with(tmp_path: Path) -> None:
+    first = Tracker(TrackingSettings(), tmp_path).run("key", "digits", {"a": 1})
+    first.pause()
+    client = client_of(tmp_path)
+    assert client.get_run(first.run_id).info.status == "FINISHED"
+    again = Tracker(TrackingSettings(), tmp_path).run("key", "digits", {"a": 1})
+    assert again.run_id == first.run_id and not again.finished
+    assert client.get_run(first.run_id).info.status == "RUNNING"
+    again.log([{"nimg": 1, "loss": 2.0}])
+    again.finish()
+    again.pause()
+    last = Tracker(TrackingSettings(), tmp_path).run("key", "digits", {"a": 1})
+    assert last.finished and client.get_run(first.run_id).data.metrics == {"loss": 2.0}
+
+
 def test_trials_are_nested_under_their_sweep(tmp_path: Path) -> None:
     tracker = Tracker(TrackingSettings(), tmp_path)
     sweep = tracker.run("sweep", "sweep", {})
