@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import typer
 
-from sims_ray.cli import data, latents, models, plan, stages, synthesis
+from sims_ray.cli import data, latents, models, plan, report, stages, synthesis
 from sims_ray.errors import SimsError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -23,6 +23,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(stages.app)
+app.add_typer(report.app)
 app.add_typer(models.app)
 app.add_typer(plan.app)
 data.app.add_typer(synthesis.app)

@@ -180,19 +180,6 @@ def tune(
     _run(recipe, set_, out, dry_run, workers, action, budgets)
 
 
-@app.command(epilog="Example: sims report digits")
-def report(
-    recipe: RecipeArg,
-    budgets: BudgetsOption = None,
-    set_: SetOption = None,
-    out: OutOption = None,
-    dry_run: DryOption = False,
-    workers: WorkersOption = None,
-) -> None:
-    """Measure the selected model on fresh seeds and write report.html (makes what is missing)."""
-    run(recipe, budgets, set_, out, dry_run, workers)
-
-
 @app.command(epilog="Example: sims config digits --set train.lr=1e-3")
 def config(recipe: RecipeArg, set_: SetOption = None) -> None:
     """Print the resolved settings of a recipe."""

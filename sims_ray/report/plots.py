@@ -1,198 +1,161 @@
-"""The report's plots: plotly figures as plain JSON for the page, and the same plots as PNG by matplotlib.
+"""The report's plots as plotly figures in plain JSON, which the page draws.
 
-Both libraries are imported inside the functions: importing this module costs nothing.
+plotly is imported inside the functions: importing this module costs nothing.
 """
 
 from __future__ import annotations
 
 import html
-import io
 import json
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
-from sims_ray.report.series import Line, base_distance, log_ticks, loss_series, needs_log, omega_series
+from sims_ray.report.chart import CHOSEN, GREY, PLACELESS, Chart, HeatMap, Line, Plot, log_ticks, needs_log, tick_label
+from sims_ray.report.numbers import number
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-OMEGA = "\N{GREEK SMALL LETTER OMEGA}"
-OMEGA_TITLE = f"guidance strength {OMEGA}"
-KIMG_TITLE = "training images seen (kimg)"
-LOSS_TITLE = "training loss"
-
-# Colours that keep a contrast of 3:1 on white and on near-black; the page's script repaints GREY.
+# Colours that keep a contrast of 3:1 on white and on near-black; the page's script repaints text and grid.
 PALETTE = ("#2f7fe0", "#d9660f", "#12946b", "#c2509a", "#8466e0", "#998200")
-CHOSEN = "#e0383e"
-GREY = "#7c838d"
+COLORS = {GREY: "#7c838d", CHOSEN: "#e0383e"}
 GRID = "rgba(124,131,141,0.25)"
-DASHES = (  # of plotly, then of matplotlib
-    ("solid", "circle", "-", "o"),
-    ("dash", "square", "--", "s"),
-    ("dot", "diamond", ":", "D"),
-    ("dashdot", "triangle-up", "-.", "^"),
-    ("10px,3px", "x", (0, (8, 2)), "X"),
-)
+DASHES = (("solid", "circle"), ("dash", "square"), ("dot", "diamond"), ("dashdot", "triangle-up"), ("10px,3px", "x"))
+SCALE = "Viridis"
+PALE = 0.6
 HEIGHT_PX = 380
-LEGEND_ROW_PX = 20
-PNG_INCHES = (7.0, 4.0)
-PNG_LEGEND_COLUMNS = 3
-PNG_LEGEND_ROW_INCHES = 0.22
-PNG_DPI = 150
+ROW_PX = 34  # of a heat map
+MARGIN = {"l": 56, "r": 12, "t": 16, "b": 48}
 
 
-def omega_figure(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Distance against omega as a plotly figure: a line per (n_s, B), the base dashed, the chosen point ringed."""
+def plotly_figure(plot: Plot) -> dict[str, Any]:
+    """The plot as plotly's `data` and `layout`, in JSON values: NaN is null. `layout.meta.legend` counts its names."""
     import plotly.graph_objects as go
 
-    lines = omega_series(summary["trials"])
-    figure = go.Figure([_trace(line, "lines+markers") for line in lines])
-    base, chosen = base_distance(summary["trials"]), summary["selected"]
-    if base is not None:
-        span = _omega_span(summary["trials"])
-        dashed = {"color": GREY, "dash": "dash", "width": 1.5}
-        figure.add_scatter(x=span, y=[base, base], mode="lines", name=_base_label(base), line=dashed, hoverinfo="skip")
-    ring = {"symbol": "circle-open", "size": 18, "color": CHOSEN, "line": {"width": 3}}
-    x, y = [chosen["omega"]], [chosen["distance"]]
-    figure.add_scatter(x=x, y=y, mode="markers", name=_chosen_label(chosen), marker=ring, hoverinfo="skip")
-    _style(figure, OMEGA_TITLE, _distance_title(chosen["metric"]), lines, extra_rows=2)
-    return _plain(figure)
-
-
-def loss_figure(summary: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Training loss against images seen as a plotly figure; none if no run logged a loss."""
-    import plotly.graph_objects as go
-
-    lines = loss_series(summary["losses"])
-    if not lines:
-        return None
-    figure = go.Figure([_trace(line, "lines") for line in lines])
-    _style(figure, KIMG_TITLE, LOSS_TITLE, lines)
-    return _plain(figure)
-
-
-def omega_png(summary: Mapping[str, Any]) -> bytes:
-    """The plot of `omega_figure` as PNG on white."""
-    figure, axes = _axes()
-    lines = omega_series(summary["trials"])
-    _draw(axes, lines, markers=True)
-    base, chosen = base_distance(summary["trials"]), summary["selected"]
-    if base is not None:
-        axes.axhline(base, color=GREY, linestyle="--", linewidth=1.2, label=_base_label(base))
-    ring: dict[str, Any] = {
-        "markersize": 13,
-        "markerfacecolor": "none",
-        "markeredgecolor": CHOSEN,
-        "markeredgewidth": 2.2,
-    }
-    axes.plot([chosen["omega"]], [chosen["distance"]], "o", label=_chosen_label(chosen), **ring)
-    return _png(figure, axes, lines, OMEGA_TITLE, _distance_title(chosen["metric"]))
-
-
-def loss_png(summary: Mapping[str, Any]) -> bytes | None:
-    """The plot of `loss_figure` as PNG on white; none if no run logged a loss."""
-    lines = loss_series(summary["losses"])
-    if not lines:
-        return None
-    figure, axes = _axes()
-    _draw(axes, lines, markers=False)
-    return _png(figure, axes, lines, KIMG_TITLE, LOSS_TITLE)
-
-
-def _distance_title(metric: str) -> str:
-    return f"{metric} (lower is better)"
-
-
-def _base_label(base: float) -> str:
-    return f"base ({base:.3g})"
-
-
-def _chosen_label(chosen: Mapping[str, Any]) -> str:
-    return f"chosen ({OMEGA} = {chosen['omega']:g})"
-
-
-def _omega_span(trials: Sequence[Mapping[str, Any]]) -> list[float]:
-    omegas = [float(trial["omega"]) for trial in trials]
-    return [min(omegas), max(omegas)]
-
-
-def _trace(line: Line, mode: str) -> Any:
-    import plotly.graph_objects as go
-
-    dash, symbol, _, _ = DASHES[line.dash % len(DASHES)]
-    color = PALETTE[line.color % len(PALETTE)]
-    return go.Scatter(
-        x=list(line.x),
-        y=list(line.y),
-        mode=mode,
-        name=html.escape(line.label),
-        line={"color": color, "width": 2, "dash": dash},
-        marker={"symbol": symbol, "size": 7},
-        hovertemplate="%{x:.4~g}: %{y:.4~g}<extra>%{fullData.name}</extra>",
-    )
-
-
-def _style(figure: Any, x_title: str, y_title: str, lines: Sequence[Line], extra_rows: int = 0) -> None:
-    """Transparent, mid-grey, legend below; the height grows with the legend so that phones keep the plot."""
-    axis = {"gridcolor": GRID, "zeroline": False, "linecolor": GRID, "automargin": True}
-    figure.update_layout(
-        template="none",
-        height=HEIGHT_PX + LEGEND_ROW_PX * (len(lines) + extra_rows),
-        margin={"l": 56, "r": 12, "t": 12, "b": 48},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        font={"color": GREY, "family": "system-ui, sans-serif", "size": 13},
-        legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0, "xanchor": "left"},
-        hoverlabel={"namelength": -1},
-        xaxis={**axis, "title": {"text": x_title}},
-        yaxis={**axis, "title": {"text": html.escape(y_title)}},
-    )
-    if needs_log(lines):
-        ticks = log_ticks(lines)
-        figure.update_yaxes(type="log", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
-
-
-def _plain(figure: Any) -> dict[str, Any]:
-    """The figure as JSON values only: NaN becomes null."""
+    if isinstance(plot, HeatMap):
+        figure = go.Figure(_heat_traces(plot))
+        _style(figure, plot, HEIGHT_PX - 140 + ROW_PX * len(plot.y), 0)
+        figure.update_xaxes(type="category", showgrid=False)
+        figure.update_yaxes(type="category", showgrid=False)
+    else:
+        figure = go.Figure([_trace(line) for line in plot.lines])
+        _style(figure, plot, HEIGHT_PX, sum(line.legend for line in plot.lines))
+        _scale(figure, plot)
     plain: dict[str, Any] = json.loads(figure.to_json())
     return plain
 
 
-def _axes() -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=PNG_INCHES, layout="constrained")
-    return figure, figure.add_subplot()
+def color_of(line: Line) -> str:
+    """The colour of a line."""
+    return COLORS.get(line.color) or PALETTE[line.color % len(PALETTE)]
 
 
-def _draw(axes: Axes, lines: Sequence[Line], markers: bool) -> None:
-    for line in lines:
-        _, _, dash, marker = DASHES[line.dash % len(DASHES)]
-        color = PALETTE[line.color % len(PALETTE)]
-        shape = marker if markers else ""
-        axes.plot(line.x, line.y, color=color, linestyle=dash, marker=shape, markersize=4.5, label=_literal(line.label))
+def _trace(line: Line) -> Any:
+    import plotly.graph_objects as go
+
+    dash, symbol = DASHES[line.dash % len(DASHES)]
+    styles: dict[str, dict[str, Any]] = {
+        "line": {"mode": "lines+markers", "line": {"width": 2, "dash": dash}, "marker": {"symbol": symbol, "size": 7}},
+        "trace": {"mode": "lines", "line": {"width": 2, "dash": dash}},
+        "faint": {"mode": "lines+markers", "line": {"width": 1.2}, "marker": {"size": 4}, "opacity": PALE},
+        "rule": {"mode": "lines", "line": {"width": 1.5, "dash": "dash"}},
+        "steps": {"mode": "lines", "line": {"width": 1.5, "dash": "dot", "shape": "hv"}},
+        "points": {"mode": "markers", "marker": {"symbol": symbol, "size": 9}},
+        "open": {"mode": "markers", "marker": {"symbol": "circle-open", "size": 8}, "opacity": PALE},
+        "ring": {"mode": "markers", "marker": {"symbol": "circle-open", "size": 18, "line": {"width": 3}}},
+    }
+    style = styles[line.look]
+    color = color_of(line)
+    for part in ("line", "marker"):
+        style[part] = {**style.get(part, {}), "color": color}
+    if line.texts:
+        style |= {
+            "mode": style["mode"] + "+text",
+            "text": _escaped(line.texts),
+            "textposition": ("top center", "bottom center")[line.dash % 2],
+        }
+    if line.errors:
+        bars = [None if math.isnan(error) else error for error in line.errors]
+        style["error_y"] = {"type": "data", "array": bars, "color": color, "thickness": 1.2, "width": 3}
+    if line.look in PLACELESS:
+        style["hoverinfo"] = "skip"
+    return go.Scatter(
+        x=list(line.x),
+        y=list(line.y),
+        name=html.escape(line.label),
+        showlegend=line.legend,
+        hovertext=_escaped(line.notes) or None,
+        hovertemplate=None if line.look in PLACELESS else _hover(line),
+        **style,
+    )
 
 
-def _literal(text: str) -> str:
-    """Text that matplotlib's mathtext leaves as it is."""
-    return text.replace("$", r"\$")
+def _hover(line: Line) -> str:
+    interval = " \N{PLUS-MINUS SIGN} %{error_y.array:.2~g}" if any(map(math.isfinite, line.errors)) else ""
+    note = "<br>%{hovertext}" if line.notes else ""
+    return f"%{{x:.4~g}}: %{{y:.4~g}}{interval}{note}<extra>%{{fullData.name}}</extra>"
 
 
-def _png(figure: Figure, axes: Axes, lines: Sequence[Line], x_title: str, y_title: str) -> bytes:
-    axes.set_xlabel(x_title)
-    axes.set_ylabel(_literal(y_title))
-    if needs_log(lines):
-        ticks = log_ticks(lines)
-        axes.set_yscale("log")
-        axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.set_yticks([], minor=True)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    legend_rows = math.ceil(len(axes.get_lines()) / PNG_LEGEND_COLUMNS)
-    figure.set_figheight(PNG_INCHES[1] + PNG_LEGEND_ROW_INCHES * legend_rows)
-    figure.legend(loc="outside lower center", ncols=PNG_LEGEND_COLUMNS, frameon=False, fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=PNG_DPI)
-    return buffer.getvalue()
+def _heat_traces(plot: HeatMap) -> list[Any]:
+    import plotly.graph_objects as go
+
+    x, y = _escaped(plot.x), _escaped(plot.y)
+    logarithmic = needs_log(plot.values)
+    bar: dict[str, Any] = {"title": {"text": html.escape(plot.z_title), "side": "right"}, "thickness": 14}
+    if logarithmic:
+        ticks = log_ticks(plot.values)
+        bar |= {"tickvals": [math.log10(tick) for tick in ticks], "ticktext": [tick_label(tick) for tick in ticks]}
+    traces = [
+        go.Heatmap(
+            x=x,
+            y=y,
+            z=[[math.log10(value) if logarithmic else value for value in row] for row in plot.z],
+            text=[[number(value, 3) if math.isfinite(value) else "" for value in row] for row in plot.z],
+            texttemplate="%{text}",
+            colorscale=SCALE,
+            colorbar=bar,
+            xgap=2,
+            ygap=2,
+            hoverongaps=False,
+            hovertemplate="strength %{x}, B = %{y} kimg: %{text}<extra></extra>",
+        )
+    ]
+    if plot.stopped:
+        marker = {"symbol": "x-thin", "size": 9, "line": {"width": 2, "color": COLORS[GREY]}}
+        words, where = _escaped([text for *_, text in plot.stopped]), "strength %{x}, B = %{y} kimg"
+        at = {"x": [x[i] for i, _, _ in plot.stopped], "y": [y[j] for _, j, _ in plot.stopped]}
+        hover = f"{where}: %{{hovertext}}<extra></extra>"
+        traces.append(go.Scatter(**at, mode="markers", marker=marker, hovertext=words, hovertemplate=hover))
+    if plot.chosen is not None:
+        marker = {"symbol": "circle-open", "size": 34, "color": COLORS[CHOSEN], "line": {"width": 3}}
+        i, j = plot.chosen
+        traces.append(go.Scatter(x=[x[i]], y=[y[j]], mode="markers", marker=marker, hoverinfo="skip"))
+    return traces
+
+
+def _style(figure: Any, plot: Plot, height_px: int, names: int) -> None:
+    """Transparent, grey, the legend below; the page's script adds the legend's height, which depends on the width."""
+    axis = {"gridcolor": GRID, "zeroline": False, "linecolor": GRID, "automargin": True}
+    figure.update_layout(
+        template="none",
+        height=height_px,
+        margin=MARGIN,
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font={"color": COLORS[GREY], "family": "system-ui, sans-serif", "size": 13},
+        showlegend=names > 0,
+        legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0, "xanchor": "left"},
+        hoverlabel={"namelength": -1},
+        meta={"legend": names},
+        xaxis={**axis, "title": {"text": html.escape(plot.x_title)}},
+        yaxis={**axis, "title": {"text": html.escape(plot.y_title)}},
+    )
+
+
+def _scale(figure: Any, chart: Chart) -> None:
+    for update, values in ((figure.update_xaxes, chart.x_values), (figure.update_yaxes, chart.y_values)):
+        if needs_log(values):
+            ticks = log_ticks(values)
+            update(type="log", tickvals=ticks, ticktext=[tick_label(tick) for tick in ticks])
+
+
+def _escaped(texts: Sequence[str]) -> list[str]:
+    return [html.escape(text) for text in texts]

@@ -1,62 +1,76 @@
-"""The lines of the report's plots, computed once for the page (plotly) and for the PNGs (matplotlib)."""
+"""The lines of the report's plots, computed from the values of a summary."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-DECADE = 10.0  # values that span more than this are drawn on a logarithmic axis
+from sims_ray.report.chart import CHOSEN, GREY, Line, Look
+from sims_ray.report.numbers import finite, short
+from sims_ray.report.trials import (
+    METHODS,
+    SYMBOLS,
+    Trial,
+    along_omega,
+    base_of,
+    comparable,
+    images_name,
+    is_base,
+    model_of,
+    place,
+    place_name,
+    space,
+    trial_name,
+    value,
+)
+
+NORMAL_95 = 1.959964  # half of a 95 % interval in standard errors
+STOPPED = "stopped early, of fewer images"
 
 
-@dataclass(frozen=True)
-class Line:
-    """One line of a plot.
+def base_distance(trials: Sequence[Trial], num_steps: int | None = None) -> float | None:
+    """The base's distance on the selection seeds, sampled in so many steps; none if the sweep had no such trial."""
+    base = base_of(trials, num_steps)
+    return None if base is None else value(base["distance"])
 
-    Attributes:
-        label: name in the legend.
-        x: positions, increasing.
-        y: values; NaN where there is none.
-        color: index into the palette.
-        dash: index into the dash patterns and marker shapes.
+
+def omega_series(trials: Sequence[Trial]) -> list[Line]:
+    """Distance against strength: one line per place, the base's point at 0 on each.
+
+    Budgets differ by colour, set sizes by dash and marker; Neon goes on where the colours and dashes of SIMS end.
+    Trials that were stopped early are on no line: their distances are of fewer images.
     """
+    lines = along_omega(trials)
+    budgets = ranks((where[0], where[2]) for where in lines)
+    dashes = ranks((where[0], where[1], *where[3:]) for where in lines)
+    found = []
+    for where, line in lines.items():
+        whole = [trial for trial in line if not trial.get("stopped")]
+        if any(not is_base(trial) for trial in whole):
+            color, dash = budgets[where[0], where[2]], dashes[where[0], where[1], *where[3:]]
+            found.append(_strengths(place_name(where, lines), whole, color, dash))
+    return found
 
-    label: str
-    x: tuple[float, ...]
-    y: tuple[float, ...]
-    color: int
-    dash: int = 0
+
+def stopped_points(trials: Sequence[Trial], x: str = "omega") -> list[Line]:
+    """The trials that were ended early, as points that no line joins."""
+    stopped = [trial for trial in trials if trial.get("stopped") and trial.get(x) is not None]
+    return [trial_points(STOPPED, stopped, x, GREY, "open")] if stopped else []
 
 
-def base_distance(trials: Sequence[Mapping[str, Any]]) -> float | None:
-    """The base's distance on the selection seeds: the trial at omega = 0; none if the sweep had no such trial."""
-    return next((_value(t["distance"]) for t in trials if t["omega"] == 0), None)
-
-
-def omega_series(trials: Sequence[Mapping[str, Any]]) -> list[Line]:
-    """Distance against omega: one line per (n_s, B), the base's point at omega = 0 on each.
-
-    Budgets differ by colour, set sizes by dash and marker. A sweep of the base alone has no lines.
-    """
-    base = base_distance(trials)
-    points: dict[tuple[int, float], dict[float, float]] = {}
-    for trial in trials:
-        if trial["omega"] != 0 and trial.get("space", "score") == "score":
-            start = {} if base is None else {0.0: base}
-            line = points.setdefault((trial["n_s"], trial["budget_kimg"]), start)
-            line[float(trial["omega"])] = _value(trial["distance"])
-    sizes = sorted({n_s for n_s, _ in points})
-    budgets = sorted({budget for _, budget in points})
+def chosen_points(best: Mapping[str, Trial]) -> list[Line]:
+    """A ring around the chosen trial of each space."""
     return [
         Line(
-            label=f"B = {budget:g} kimg, n\N{LATIN SUBSCRIPT SMALL LETTER S} = {n_s:,}",
-            x=tuple(sorted(line)),
-            y=tuple(line[omega] for omega in sorted(line)),
-            color=budgets.index(budget),
-            dash=sizes.index(n_s),
+            _ring_label(kind, trial, best),
+            (float(trial["omega"]),),
+            (value(trial["distance"]),),
+            CHOSEN,
+            look="ring",
         )
-        for (n_s, budget), line in sorted(points.items())
+        for kind, trial in best.items()
     ]
 
 
@@ -64,31 +78,119 @@ def loss_series(losses: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Line]
     """Training loss against images seen in kimg: one line per training run that logged anything."""
     runs = [(name, records) for name, records in losses.items() if records]
     return [
-        Line(
-            label=name,
-            x=tuple(r["nimg"] / 1000 for r in records),
-            y=tuple(_value(r["loss"]) for r in records),
-            color=i,
-        )
-        for i, (name, records) in enumerate(runs)
+        Line(name, tuple(r["nimg"] / 1000 for r in rows), tuple(value(r["loss"]) for r in rows), i, look="trace")
+        for i, (name, rows) in enumerate(runs)
     ]
 
 
-def needs_log(lines: Sequence[Line]) -> bool:
-    """Whether the values are positive and span more than a decade."""
-    values = [y for line in lines for y in line.y if math.isfinite(y)]
-    return bool(values) and min(values) > 0 and max(values) > DECADE * min(values)
+def curve_series(trials: Sequence[Trial], best: Mapping[str, Trial]) -> list[Line]:
+    """Distance against images: one line per trial with more than one distance, an open point where it was stopped."""
+    curves = [trial for trial in trials if len(trial.get("curve") or ()) > 1]
+    if not curves:
+        return []
+    chosen = {model_of(trial) for trial in best.values()}
+    budgets = ranks(trial.get("budget_kimg") for trial in curves if not is_base(trial))
+    on_top = sorted(curves, key=lambda trial: (is_base(trial), model_of(trial) in chosen))
+    lines = [_curve(trial, budgets, model_of(trial) in chosen) for trial in on_top]
+    return [*_named_once(lines), *stopped_points(trials, "nimg")]
 
 
-def log_ticks(lines: Sequence[Line]) -> list[float]:
-    """The 1-2-5 ticks of a logarithmic axis that holds the lines, one beyond either end."""
-    values = [y for line in lines for y in line.y if math.isfinite(y)]
-    decades = range(math.floor(math.log10(min(values))) - 1, math.ceil(math.log10(max(values))) + 1)
-    ticks = [float(f"{digit}e{decade}") for decade in decades for digit in (1, 2, 5)]
-    below = [tick for tick in ticks if tick <= min(values)][-1:]
-    above = [tick for tick in ticks if tick >= max(values)][:1]
-    return below + [tick for tick in ticks if min(values) < tick < max(values)] + above
+def precision_series(trials: Sequence[Trial], best: Mapping[str, Trial]) -> list[Line]:
+    """Precision against recall along the strengths of the chosen place of each space, each point with its strength."""
+    lines = along_omega(trials)
+    found = []
+    for rank, (kind, trial) in enumerate(best.items()):
+        points = [t for t in lines.get(place(trial), ()) if comparable(t) and _measured(t)]
+        if len(points) > 1:
+            found.append(_precisions(points, f"{METHODS[kind]}, {place_name(place(trial), [place(trial)])}", rank))
+            ring = _precisions([t for t in points if t["omega"] == trial["omega"]], _ring_label(kind, trial, best), 0)
+            found.append(replace(ring, color=CHOSEN, look="ring", texts=()))
+    return found
 
 
-def _value(number: float | None) -> float:
-    return float("nan") if number is None else float(number)
+def half_widths(records: Sequence[Mapping[str, Any]]) -> tuple[float, ...]:
+    """Half of the 95 % interval of each distance; empty if no standard error is known."""
+    errors = tuple(NORMAL_95 * value(record.get("standard_error")) for record in records)
+    return errors if any(math.isfinite(error) for error in errors) else ()
+
+
+def trial_points(label: str, trials: Sequence[Trial], x: str, color: int, look: Look, dash: int = 0) -> Line:
+    """Trials as points of distance against one of their values."""
+    return Line(
+        label,
+        tuple(float(trial[x]) for trial in trials),
+        tuple(value(trial["distance"]) for trial in trials),
+        color,
+        dash,
+        look,
+        errors=() if look == "open" else half_widths(trials),
+        notes=tuple(f"{trial_name(trial)}; {images_name(trial)}" for trial in trials),
+    )
+
+
+def ranks(values: Iterable[Any]) -> dict[Any, int]:
+    """The place of each value among the different ones, in rising order; none comes first."""
+    different = set(values)
+    return {found: i for i, found in enumerate(sorted(different, key=_none_first))}
+
+
+def _none_first(found: Any) -> Any:
+    if isinstance(found, tuple):
+        return tuple(_none_first(part) for part in found)
+    return (found is not None, found)
+
+
+def _strengths(label: str, trials: Sequence[Trial], color: int, dash: int) -> Line:
+    return Line(
+        label,
+        tuple(float(trial["omega"]) for trial in trials),
+        tuple(value(trial["distance"]) for trial in trials),
+        color,
+        dash,
+        errors=half_widths(trials),
+        notes=tuple(images_name(trial) for trial in trials),
+    )
+
+
+def _curve(trial: Trial, budgets: Mapping[Any, int], chosen: bool) -> Line:
+    x = tuple(float(point["nimg"]) for point in trial["curve"])
+    y = tuple(value(point["distance"]) for point in trial["curve"])
+    notes = (trial_name(trial),) * len(x)
+    if chosen:
+        return Line(f"chosen ({trial_name(trial)})", x, y, CHOSEN, notes=notes)
+    if is_base(trial):
+        return Line(trial_name(trial), x, y, GREY, 1, notes=notes)
+    budget = trial.get("budget_kimg")
+    return Line(f"B = {short(budget)} kimg", x, y, budgets[budget], look="faint", notes=notes)
+
+
+def _precisions(trials: Sequence[Trial], label: str, rank: int) -> Line:
+    return Line(
+        label,
+        tuple(float(trial["measures"]["recall"]) for trial in trials),
+        tuple(float(trial["measures"]["precision"]) for trial in trials),
+        rank,
+        rank,
+        notes=tuple(trial_name(trial) for trial in trials),
+        texts=tuple(f"{SYMBOLS[space(trial)]}={short(trial['omega'])}" for trial in trials),
+    )
+
+
+def _measured(trial: Trial) -> bool:
+    measures = trial.get("measures") or {}
+    return finite(measures.get("precision")) and finite(measures.get("recall"))
+
+
+def _ring_label(kind: str, trial: Trial, best: Mapping[str, Trial]) -> str:
+    method = f"{METHODS[kind]}, " if len(best) > 1 else ""
+    return f"chosen ({method}{SYMBOLS[kind]} = {short(trial['omega'])})"
+
+
+def _named_once(lines: Iterable[Line]) -> list[Line]:
+    """The lines, of each label only the first in the legend."""
+    named: set[str] = set()
+    found = []
+    for line in lines:
+        found.append(replace(line, legend=line.label not in named))
+        named.add(line.label)
+    return found

@@ -9,18 +9,16 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sims_ray.data.table import KINDS
-from sims_ray.diffusion.evaluations import Denoiser, Evaluations, count_evaluations, record
-from sims_ray.diffusion.generate import generate
-from sims_ray.diffusion.guidance import guidance_interval, sims_guidance
+from sims_ray.diffusion.evaluations import Evaluations
 from sims_ray.metrics.features import pixel_features
 from sims_ray.nn.flops import NetworkFlops, network_flops
 from sims_ray.nn.networks import describe_network, num_parameters
 from sims_ray.stages.evaluate import Evaluation
 from sims_ray.stages.train_job import KIMG, TrainJob
 from sims_ray.storage.models import SCORE, SimsModel
+from sims_ray.studies.passes import passes
 from sims_ray.studies.plan import Plan
 from sims_ray.studies.space import AUXILIARY, BASE, NEON, SIMS
 
@@ -88,7 +86,8 @@ class Workload:
         plan, job = self.plan, self.plan.synthesis_job
         row_bytes = math.prod(plan.inputs.shape) * KINDS[plan.inputs.kind].itemsize + ID_AND_LABEL_BYTES
         set_bytes = 0 if self.recipe.synthesize.root else job.n * row_bytes  # else it lies elsewhere
-        previews = plan.preview_jobs(self._best).values()
+        shown = [*plan.preview_jobs(self._best).values(), *plan.morph_jobs(self._best).values()]
+        previews = {job.fingerprint: job for job in shown}.values()
         preview_bytes = self.recipe.seeds.preview_nimg * row_bytes * len(previews)
         return [
             *(self._training("train", "base", plan.base_job) if plan.base_job else []),
@@ -205,34 +204,6 @@ class Workload:
             sampler = {**self.plan.sampler, "num_steps": num_steps}
             self._known_passes[kind] = passes(sampler, like, self.recipe.finetune.trainable == "decoder")
         return self._known_passes[kind]
-
-
-def passes(sampler: Mapping[str, Any], model: SimsModel, decoder_only: bool = False) -> Evaluations:
-    """Passes through each half of a network that an image takes, as the sampler itself counts them on one pixel.
-
-    Args:
-        sampler: sampler settings.
-        model: whose guidance counts; its checkpoints are not opened.
-        decoder_only: the auxiliary shares the base's encoder.
-    """
-    guided: Denoiser = _nothing
-    if model.omega not in (0, -1):
-        guided = _shared_encoder if decoder_only else sims_guidance(_nothing, _nothing, model.omega)
-    sigma_hi = math.inf if model.sigma_hi is None else model.sigma_hi
-    with count_evaluations() as tally:
-        list(generate(guidance_interval(guided, _nothing, model.sigma_lo, sigma_hi), (1, 1, 1), range(1), sampler))
-    return tally
-
-
-def _nothing(x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
-    """A denoiser that costs no time."""
-    return torch.zeros_like(x)
-
-
-def _shared_encoder(x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
-    """One that costs none either, counted as guidance with a shared encoder."""
-    record(encoders=1, decoders=2)
-    return torch.zeros_like(x)
 
 
 def storage_bytes(stages: Sequence[Work]) -> tuple[float, float]:

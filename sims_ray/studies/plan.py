@@ -26,7 +26,7 @@ from sims_ray.storage.artifacts import FINGERPRINT_CHARS, Artifact, Store, finge
 from sims_ray.storage.folders import Folder, absolute
 from sims_ray.storage.models import SCORE, SimsModel
 from sims_ray.studies.inputs import Inputs
-from sims_ray.studies.space import compared_cells, guided_cell, search_content, sweep_lattices
+from sims_ray.studies.space import compared_cells, guided_cell, morph_strengths, search_content, sweep_lattices
 
 OWN_BASE = "base.safetensors"
 HALFLIFE = {"ema_halflife_kimg", "ema_rampup_ratio"}
@@ -242,13 +242,21 @@ class Plan:
 
     def preview_jobs(self, best: Mapping[str, Mapping[str, Any]]) -> dict[str, SynthesisJob]:
         """For each compared model, a few images from the same seeds."""
-        jobs = {}
-        for name, cell in self.compared(best).items():
-            seeds, nimg = self.seeds["preview"], self.recipe.seeds.preview_nimg
-            content, parents = self._content(cell)
-            target = self._set(str(self.store.root), "preview", content, seeds, parents)
-            jobs[name] = SynthesisJob(target, self.model(cell), nimg, nimg)
-        return jobs
+        return {name: self._preview_job(cell) for name, cell in self.compared(best).items()}
+
+    def morph_jobs(self, best: Mapping[str, Mapping[str, Any]]) -> dict[float, SynthesisJob]:
+        """By strength, the preview images of SIMS from the auxiliary over the base to beyond the optimum."""
+        sims = Cell.of(best[SCORE])
+        return {
+            omega: self._preview_job(replace(sims, omega=omega) if omega else Cell(num_steps=sims.num_steps))
+            for omega in morph_strengths(sims.omega)
+        }
+
+    def _preview_job(self, cell: Cell) -> SynthesisJob:
+        seeds, nimg = self.seeds["preview"], self.recipe.seeds.preview_nimg
+        content, parents = self._content(cell)
+        target = self._set(str(self.store.root), "preview", content, seeds, parents)
+        return SynthesisJob(target, self.model(cell), nimg, nimg)
 
     def longer_base_job(self, extra_kimg: float) -> TrainJob:
         """The base trained on for longer with real images: its own training extended, or the user's fine-tuned."""

@@ -26,7 +26,7 @@ from sims_ray.stages.features import make_features
 from sims_ray.stages.policy import policy_params
 from sims_ray.stages.preview import SHEETS, read_previews
 from sims_ray.stages.serving import save_model
-from sims_ray.stages.synthesize import synthesize
+from sims_ray.stages.synthesize import SynthesisJob, synthesize
 from sims_ray.stages.tracking import TrackedRun, Tracker
 from sims_ray.stages.train import train
 from sims_ray.stages.train_job import TrainJob
@@ -183,7 +183,7 @@ class SimsRun:
             "evaluate",
             lambda: evaluate([e for blocks in measured.values() for e in blocks], self.recipe.compute),
         )
-        previews = list(self.plan.preview_jobs(best).values())
+        previews = self._preview_jobs(best)
         self._ensure_all(previews, "preview", lambda: synthesize(previews, self.recipe.compute, "preview"))
         for name, cell in cells.items():
             for i, evaluation in enumerate(measured[name]):
@@ -191,7 +191,7 @@ class SimsRun:
         summary = summarise(self.plan, best)
         page = self.out / REPORT_FOLDER / PAGE
         if not page.is_file() or _read(self.out / RESULT) != json.loads(json.dumps(summary)):
-            write_report(page.parent, summary, self.previews(best))
+            write_report(page.parent, summary, self.previews(best), self.morph(best))
             write_json(self.out / RESULT, summary)
         model = self.out / MODEL_FOLDER
         if not model.is_dir():
@@ -210,6 +210,17 @@ class SimsRun:
         """The preview images of each compared model, uint8 [N, C, H, W], from the same seeds."""
         jobs = self.plan.preview_jobs(best)
         return {name: SampleTable(job.set.folder).head(job.n).images for name, job in jobs.items()}
+
+    def morph(self, best: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """The same seeds at growing strengths: `omegas`, `images` uint8 [len(omegas), N, C, H, W], and `selected`."""
+        jobs = self.plan.morph_jobs(best)
+        images = [SampleTable(job.set.folder).head(job.n).images for job in jobs.values()]
+        return {"omegas": list(jobs), "images": np.stack(images), "selected": best[SCORE]["omega"]}
+
+    def _preview_jobs(self, best: Mapping[str, Mapping[str, Any]]) -> list[SynthesisJob]:
+        """Each set of preview images once."""
+        jobs = [*self.plan.preview_jobs(best).values(), *self.plan.morph_jobs(best).values()]
+        return list({job.fingerprint: job for job in jobs}.values())
 
     def pause(self) -> None:
         """Say in the record that no more is to come from this process."""

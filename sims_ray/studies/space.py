@@ -8,10 +8,12 @@ from typing import Any
 from sims_ray.config import GuidanceSettings, Recipe, TuneSettings
 from sims_ray.config.search import GRID
 from sims_ray.stages.cells import Cell, Lattice
-from sims_ray.storage.models import SCORE, WEIGHT, Space
+from sims_ray.storage.models import SCORE, WEIGHT, SimsModel, Space
+from sims_ray.studies.passes import passes, steps_that_take
 
 SEARCH_CONTENT = {"num_trials", "unimodal", "seed"}
 STOPPING_CONTENT = {"reduction_factor"}
+MORPH_STEPS = 4  # from the auxiliary to the base, and from there to the best strength
 BASE, AUXILIARY, SIMS, NEON = "base", "auxiliary", "SIMS", "Neon"
 AS_MANY_EVALUATIONS, AS_MUCH_TRAINING = "base, matched evaluations", "base, matched training"
 
@@ -63,17 +65,30 @@ def search_content(settings: TuneSettings) -> dict[str, Any]:
 def compared_cells(recipe: Recipe, best: Mapping[str, Cell]) -> dict[str, Cell]:
     """The models of the final table by name: the winners, their auxiliary, and the base.
 
-    The base is also sampled in as many evaluations as SIMS takes or one more, by more solver steps, and trained on for
-    as many real images as the auxiliary saw synthetic ones.
+    The base is also sampled in as many evaluations as SIMS takes, by more solver steps and rounded up to a whole one,
+    and trained on for as many real images as the auxiliary saw synthetic ones.
     """
     sims = best[SCORE]
     found = {BASE: Cell(num_steps=sims.num_steps)}
     if recipe.evaluate.matched:
-        steps = sims.num_steps or recipe.sampler.num_steps
-        found[AS_MANY_EVALUATIONS] = Cell(num_steps=2 * steps)
+        found[AS_MANY_EVALUATIONS] = Cell(num_steps=_as_many_evaluations(recipe, sims))
         found[AS_MUCH_TRAINING] = Cell(num_steps=sims.num_steps, extra_kimg=sims.budget_kimg)
     found[AUXILIARY] = Cell(-1.0, sims.budget_kimg, sims.n_s, num_steps=sims.num_steps)
     found[SIMS] = sims
     if WEIGHT in best:
         found[NEON] = best[WEIGHT]
     return found
+
+
+def _as_many_evaluations(recipe: Recipe, sims: Cell) -> int:
+    """Solver steps of the base that cost an image what `sims` costs it."""
+    steps = sims.num_steps or recipe.sampler.num_steps
+    sampler = {**recipe.sampler.model_dump(mode="json"), "num_steps": steps}
+    model = SimsModel("", "", sims.omega, sims.sigma_lo, sims.sigma_hi)
+    return steps_that_take(passes(sampler, model, recipe.finetune.trainable == "decoder").nfe, sampler)
+
+
+def morph_strengths(best: float) -> list[float]:
+    """Strengths from the auxiliary over the base and the best one to half as much again, for the page's slider."""
+    before = [i / MORPH_STEPS - 1 for i in range(MORPH_STEPS)]
+    return [*before, *(best * i / MORPH_STEPS for i in range(MORPH_STEPS * 3 // 2 + 1))]

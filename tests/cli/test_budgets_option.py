@@ -27,9 +27,7 @@ def test_the_option_sets_the_budgets_of_the_recipe_and_the_recipe_checks_them(
     out = tmp_path / "run"
     for verb in ("run", "finetune", "tune", "report", "evaluate"):
         assert sims(verb, "digits", "--out", out, "--dry-run", "--budgets", "1k,2k,4k") == 0
-        assert (
-            "sweep, 0 of 37 trials" in capsys.readouterr().out
-        )  # 6 strengths, 3 budgets, 2 sizes, the base
+        assert "sweep, 0 of 37 trials" in capsys.readouterr().out  # 6 strengths, 3 budgets, 2 sizes, the base
     assert sims("finetune", "digits", "--out", out, "--budgets", "20k,10k") == 1
     error = capsys.readouterr().err
     assert "finetune.budgets_kimg=[20.0, 10.0] must increase" in error and error.count("\n") == 1

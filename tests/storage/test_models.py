@@ -182,6 +182,7 @@ def test_a_model_travels_as_plain_values_with_absolute_paths(
     values = model.to_dict()
     assert values == {
         "base": str(paths[0].resolve()), "aux": str(paths[1].resolve()), "omega": 0.7, "sigma_lo": 0.1, "sigma_hi": 5.0,
+        "space": "score",
     }  # fmt: skip
     assert SimsModel(**values) == model
 

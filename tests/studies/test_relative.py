@@ -15,5 +15,5 @@ def test_relative_folders_mean_the_same_in_workers_as_in_the_driver(
     monkeypatch.chdir(tmp_path)
     import_digits(Artifact(Path("images").resolve(), "import", {}, ()))
     run = SimsRun(tiny("data.path=images", "compute.num_workers=2", "sampler.num_steps=2"), Path("runs/relative"))
-    assert run.tune()["n_s"] == 96
+    assert run.tune()["selected"]["n_s"] == 96
     assert (tmp_path / "runs" / "relative" / "artifacts").is_dir()
