@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from sims_ray.data.table import KINDS
-from sims_ray.diffusion.evaluations import Evaluations
 from sims_ray.metrics.features import pixel_features
 from sims_ray.nn.flops import NetworkFlops, network_flops
 from sims_ray.nn.networks import describe_network, num_parameters
@@ -69,7 +68,6 @@ class Workload:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.recipe = plan.recipe
-        self._known_passes: dict[tuple[Any, ...], Evaluations] = {}
 
     @cached_property
     def flops(self) -> NetworkFlops:
@@ -169,7 +167,7 @@ class Workload:
     ) -> Work:
         images, evaluations, flops = 0, 0.0, 0.0
         for model, sampler, nimg in parts:
-            tally = self._passes(sampler["num_steps"], model)
+            tally = passes(sampler, model, self.recipe.finetune.trainable == "decoder")
             images += nimg
             evaluations += nimg * tally.nfe
             flops += nimg * (tally.encoders * self.flops.shared + tally.decoders * self.flops.own)
@@ -194,16 +192,6 @@ class Workload:
         if features.kind in FEATURE_DIMS:
             return FEATURE_DIMS[features.kind]
         return pixel_features(torch.zeros(1, *self.plan.inputs.shape)).shape[1]
-
-    def _passes(self, num_steps: int, model: SimsModel) -> Evaluations:
-        """The passes of a model, whose checkpoints need not be there."""
-        guided = model.omega not in (0, -1) and model.space == SCORE
-        kind = (num_steps, model.sigma_lo, model.sigma_hi) if guided else (num_steps,)
-        if kind not in self._known_passes:
-            like = SimsModel("", "", 1.0, model.sigma_lo, model.sigma_hi) if guided else SimsModel("")
-            sampler = {**self.plan.sampler, "num_steps": num_steps}
-            self._known_passes[kind] = passes(sampler, like, self.recipe.finetune.trainable == "decoder")
-        return self._known_passes[kind]
 
 
 def storage_bytes(stages: Sequence[Work]) -> tuple[float, float]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
-from itertools import count
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from sims_ray.diffusion.evaluations import Denoiser, Evaluations, count_evaluations, record
 from sims_ray.diffusion.generate import generate
 from sims_ray.diffusion.guidance import guidance_interval, sims_guidance
-from sims_ray.storage.models import SimsModel
+from sims_ray.storage.models import SCORE, SimsModel
 
 
 def passes(sampler: Mapping[str, Any], model: SimsModel, decoder_only: bool = False) -> Evaluations:
@@ -24,13 +25,9 @@ def passes(sampler: Mapping[str, Any], model: SimsModel, decoder_only: bool = Fa
         model: whose guidance counts; its checkpoints are not opened.
         decoder_only: the auxiliary shares the base's encoder.
     """
-    guided: Denoiser = _nothing
-    if model.omega not in (0, -1):
-        guided = _shared_encoder if decoder_only else sims_guidance(_nothing, _nothing, model.omega)
-    sigma_hi = math.inf if model.sigma_hi is None else model.sigma_hi
-    with count_evaluations() as tally:
-        list(generate(guidance_interval(guided, _nothing, model.sigma_lo, sigma_hi), (1, 1, 1), range(1), sampler))
-    return tally
+    guided = model.omega not in (0, -1) and model.space == SCORE
+    interval = (model.sigma_lo, model.sigma_hi) if guided else None
+    return _passes(json.dumps(sampler, sort_keys=True), interval, guided and decoder_only)
 
 
 def steps_that_take(nfe: float, sampler: Mapping[str, Any]) -> int:
@@ -38,10 +35,22 @@ def steps_that_take(nfe: float, sampler: Mapping[str, Any]) -> int:
 
     Args:
         nfe: network evaluations per image.
-        sampler: sampler settings, whose number of steps does not matter.
+        sampler: sampler settings, whose number of steps does not matter: every step but the last costs the same.
     """
-    enough = (steps for steps in count(1) if passes({**sampler, "num_steps": steps}, SimsModel("")).nfe >= nfe)
-    return next(enough)
+    one, two = (passes({**sampler, "num_steps": steps}, SimsModel("")).nfe for steps in (1, 2))
+    return 1 + max(0, math.ceil((nfe - one) / (two - one)))
+
+
+@cache
+def _passes(sampler: str, interval: tuple[float, float | None] | None, decoder_only: bool) -> Evaluations:
+    denoiser: Denoiser = _nothing
+    if interval is not None:
+        sigma_lo, sigma_hi = interval
+        guided = _shared_encoder if decoder_only else sims_guidance(_nothing, _nothing, 1.0)
+        denoiser = guidance_interval(guided, _nothing, sigma_lo, math.inf if sigma_hi is None else sigma_hi)
+    with count_evaluations() as tally:
+        list(generate(denoiser, (1, 1, 1), range(1), json.loads(sampler)))
+    return tally
 
 
 def _nothing(x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
