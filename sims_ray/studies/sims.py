@@ -21,23 +21,20 @@ from sims_ray.data.table import SampleTable
 from sims_ray.errors import SimsError
 from sims_ray.report.page import write_report
 from sims_ray.stages.cells import Cell, Trial
-from sims_ray.stages.evaluate import Evaluation, evaluate
+from sims_ray.stages.evaluate import evaluate
 from sims_ray.stages.features import make_features
-from sims_ray.stages.policy import policy_params
-from sims_ray.stages.preview import SHEETS, read_previews
 from sims_ray.stages.serving import save_model
 from sims_ray.stages.synthesize import SynthesisJob, synthesize
-from sims_ray.stages.tracking import TrackedRun, Tracker
 from sims_ray.stages.train import train
 from sims_ray.stages.train_job import TrainJob
-from sims_ray.stages.training_log import METRICS, read_metrics
 from sims_ray.stages.tune import tune
 from sims_ray.stages.unfinished import check_settings
-from sims_ray.storage.artifacts import FINGERPRINT_CHARS, Artifact, adopt, fingerprint, write_json
+from sims_ray.storage.artifacts import FINGERPRINT_CHARS, adopt, fingerprint, write_json
 from sims_ray.storage.locks import alone
 from sims_ray.storage.models import SCORE
 from sims_ray.studies.console import closing_words, stages_overview
 from sims_ray.studies.plan import OWN_BASE, Plan
+from sims_ray.studies.record import RunRecord
 from sims_ray.studies.space import SIMS
 from sims_ray.studies.summary import RESULT, summarise
 
@@ -74,17 +71,7 @@ class SimsRun:
     def __init__(self, recipe: Recipe, out: Path) -> None:
         self.plan = Plan(recipe, out)
         self.recipe, self.out = recipe, self.plan.out
-        self.tracker = Tracker(recipe.tracking, self.out)
-        content = recipe.model_dump(mode="json", exclude={"compute": True, "tracking": True, "data": {"reading"}})
-        self._key = fingerprint("run", content, [self.plan.base_artifact.fingerprint])
-        self._root: TrackedRun | None = None
-
-    @property
-    def root(self) -> TrackedRun:
-        """The MLflow run that the stages' runs are nested under."""
-        if self._root is None:
-            self._root = self.tracker.run(self._key, self.recipe.name, self.recipe.model_dump(mode="json"))
-        return self._root
+        self.record = RunRecord(self.plan)
 
     def import_data(self) -> None:
         """Write the embedded digits as a sample table; a table of the user's is there already."""
@@ -122,10 +109,7 @@ class SimsRun:
         self.train_base()
         job = self.plan.synthesis_job
         self._ensure(job, "synthesize", lambda: synthesize([job], self.recipe.compute))
-        key = fingerprint("synthesize run", {"n": job.n}, [job.fingerprint])  # a larger set is another run
-        run = self.tracker.run(key, "synthesize", {"n_s": job.n, **job.set.settings}, self.root)
-        run.log([{"nimg": job.n, "images": job.n}])
-        run.finish()
+        self.record.synthesis(job)
 
     def finetune(self) -> None:
         """Algorithm 1, step 3: an auxiliary per n_s, with a snapshot per budget."""
@@ -143,10 +127,10 @@ class SimsRun:
         self.make_features()  # first, because it is cheap and looks at the labels
         self.finetune()
         sweep = self.plan.sweep
-        run = self._child(sweep.artifact, "sweep", {"tune": self.recipe.tune.model_dump(mode="json")})
+        run = self.record.stage(sweep.artifact, "sweep", {"tune": self.recipe.tune.model_dump(mode="json")})
 
         def log_trial(trial: Trial, outcome: Mapping[str, Any]) -> None:
-            self._log_trial(trial, outcome, run)
+            self.record.trial(trial, outcome, run)
 
         self._ensure(sweep.artifact, "sweep", lambda: tune(sweep, self.recipe.compute, log_trial))
         if not run.finished:
@@ -187,7 +171,7 @@ class SimsRun:
         self._ensure_all(previews, "preview", lambda: synthesize(previews, self.recipe.compute, "preview"))
         for name, cell in cells.items():
             for i, evaluation in enumerate(measured[name]):
-                self._log_evaluation(evaluation, f"report {name} block {i}", cell.params)
+                self.record.evaluation(evaluation, f"report {name} block {i}", cell.params)
         summary = summarise(self.plan, best)
         page = self.out / REPORT_FOLDER / PAGE
         if not page.is_file() or _read(self.out / RESULT) != json.loads(json.dumps(summary)):
@@ -197,13 +181,7 @@ class SimsRun:
         if not model.is_dir():
             winner, sampler = self.plan.model(cells[SIMS]), self.plan.sampler_of(cells[SIMS])
             save_model(model, winner, sampler, {"name": self.recipe.name, **best[SCORE]})
-        if not self.root.finished:
-            self.root.log_file(page.parent, REPORT_FOLDER)
-            self.root.register(model, f"sims-{self.recipe.name}")
-            self.root.log(
-                [{"nimg": row["n_images"], metric_key(row["model"]): row["distance"]} for row in summary["table"]]
-            )
-            self.root.finish()
+        self.record.report(summary, page.parent, model)
         return summary
 
     def previews(self, best: Mapping[str, Mapping[str, Any]]) -> dict[str, NDArray[np.uint8]]:
@@ -224,8 +202,7 @@ class SimsRun:
 
     def pause(self) -> None:
         """Say in the record that no more is to come from this process."""
-        if self._root is not None:
-            self._root.pause()
+        self.record.pause()
 
     def describe(self) -> str:
         """The stages, and which are complete; changes nothing."""
@@ -233,7 +210,7 @@ class SimsRun:
 
     def closing_words(self, summary: Mapping[str, Any]) -> str:
         """What to print at the end: the table and where results lie."""
-        return closing_words(summary, self.out, self.out / REPORT_FOLDER / PAGE, self.tracker.uri)
+        return closing_words(summary, self.out, self.out / REPORT_FOLDER / PAGE, self.record.uri)
 
     def _ensure(self, artifact: Completable, label: str, make: Callable[[], None]) -> None:
         self._ensure_all([artifact], label, make)
@@ -252,9 +229,6 @@ class SimsRun:
             make()
             logger.info("%s: done in %.0f s", label, time.monotonic() - started_s)
 
-    def _child(self, artifact: Artifact, name: str, params: Mapping[str, Any]) -> TrackedRun:
-        return self.tracker.run(artifact.fingerprint, name, params, self.root)
-
     def _check_settings(self, jobs: Sequence[TrainJob | None]) -> None:
         """Before any work: no other training of these roles waits to be gone on with."""
         for job in jobs:
@@ -262,39 +236,9 @@ class SimsRun:
                 check_settings(job)
 
     def _train(self, job: TrainJob, label: str) -> None:
-        run = self._child(job.artifact, label, {**job.artifact.settings, "policy": policy_params(job)})
-        if not job.complete:
-            run.reopen({"policy": policy_params(job)})  # what was finished is extended
+        run = self.record.training(job, label)
         self._ensure(job, label, lambda: train(job, self.recipe.compute, lambda row: run.log([row])))
-        if not run.finished:
-            run.log(read_metrics(job.artifact.path))
-            run.log(read_previews(job.artifact.path))
-            for path in (job.artifact.path / METRICS, *sorted(job.artifact.path.glob(SHEETS))):
-                run.log_file(path)
-            run.finish()
-
-    def _log_evaluation(self, evaluation: Evaluation, name: str, params: Mapping[str, Any]) -> None:
-        run = self.tracker.run(evaluation.artifact.fingerprint, name, params, self.root)
-        if not run.finished:
-            result = evaluation.artifact.result
-            run.log([{"nimg": result["nimg"], result["metric"].partition("@")[0]: result["distance"]}])
-            run.finish()
-
-    def _log_trial(self, trial: Trial, outcome: Mapping[str, Any], parent: TrackedRun) -> None:
-        """A trial's distances against images, and what they cost."""
-        key = fingerprint("trial", {}, [self.plan.sweep.artifact.fingerprint, trial.evaluation.artifact.fingerprint])
-        run = self.tracker.run(key, trial.name, trial.cell.params, parent)
-        if not run.finished:
-            metric = outcome["metric"].partition("@")[0]
-            run.log([{"nimg": point["nimg"], metric: point["distance"]} for point in outcome["curve"]])
-            cost = {"network_evaluations": outcome["nimg"] * outcome["nfe"], "worker_s": outcome["worker_s"]}
-            run.log([{"nimg": outcome["nimg"], **cost, "stopped_early": float(outcome["stopped"])}])
-            run.finish()
-
-
-def metric_key(model: str) -> str:
-    """Name of the distance of a compared model as MLflow takes it."""
-    return f"{model.replace(',', '')}.distance"
+        self.record.trained(run, job)
 
 
 def _read(path: Path) -> Any:
