@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/digits
+SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadgroup
 
 .PHONY: demo test test-slow test-gpu lint clean-venv
 
@@ -15,7 +16,7 @@ demo: $(VENV)/.installed ## SIMS on handwritten digits, end to end
 	$(BIN)/sims run digits --out $(OUT)
 
 test: $(VENV)/.installed ## the tests that take minutes in all
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 test-slow: $(VENV)/.installed ## the tests that take longer, kill-and-compare among them
 	$(BIN)/python -m pytest -m slow

@@ -40,6 +40,14 @@ LOCAL = ("compute.num_workers=0", "tracking.enabled=false")
 TinyRecipe = Callable[..., Recipe]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where tests run in several processes: a file stays in one, and all files of the Ray cluster in the same."""
+    ray_files = {item.path for item in items if "ray_cluster" in getattr(item, "fixturenames", ())}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if item.path in ray_files else str(item.path)))
+
+
 @pytest.fixture(scope="session")
 def tiny() -> TinyRecipe:
     """Builds the digits recipe at a scale of seconds; takes further overrides. No Ray, no MLflow unless overridden."""
