@@ -36,8 +36,8 @@ class TuneSettings(Settings):
         "algorithm of Ray Tune by its name there",
     )
     num_trials: Count | None = Field(None, description="cells that a search tries at most; null: a third of them")
-    measures: tuple[Literal["kid", "manifold", "fd_inf"], ...] = Field(
-        ("manifold",), description="beside the distance, of trials that are measured in full"
+    measures: tuple[Literal["kid", "manifold", "fd_inf", "fd_error"], ...] = Field(
+        ("manifold", "fd_error"), description="beside the distance, of trials that are measured in full"
     )
     unimodal: bool = Field(
         True, description="a search leaves out strengths beyond the two that enclose the best known one"

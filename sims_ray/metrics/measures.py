@@ -10,8 +10,9 @@ from sims_ray.metrics.infinity import frechet_infinity
 from sims_ray.metrics.kid import kid
 from sims_ray.metrics.manifold import manifold_scores
 from sims_ray.metrics.neighbours import Features
+from sims_ray.metrics.sampling_error import frechet_standard_error
 
-Measure = Literal["kid", "manifold", "fd_inf"]
+Measure = Literal["kid", "manifold", "fd_inf", "fd_error"]
 MANIFOLD = ("precision", "recall", "density", "coverage")
 NEIGHBOURS = 5  # k of precision, recall, density and coverage, as in what was published
 
@@ -21,7 +22,8 @@ def measure(names: Sequence[Measure], features: Features, real: Features, refere
 
     Args:
         names: `kid` (unbiased); `manifold`: precision, recall, density and coverage, of equally many images on both
-            sides; `fd_inf`: the distance extrapolated to infinitely many images.
+            sides; `fd_inf`: the distance extrapolated to infinitely many images; `fd_error`: the distance's standard
+            error, left out where the images are no more than the features.
         features: of the model's images.
         real: of real images.
         reference: moments of all real images.
@@ -38,4 +40,6 @@ def measure(names: Sequence[Measure], features: Features, real: Features, refere
         found |= {name: getattr(scores, name) for name in MANIFOLD}
     if "fd_inf" in names:
         found["fd_inf"] = frechet_infinity(features, reference).intercept
+    if "fd_error" in names and len(features) > features.shape[1]:
+        found["fd_error"] = frechet_standard_error(features, reference)
     return found

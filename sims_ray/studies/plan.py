@@ -19,9 +19,9 @@ from sims_ray.stages.cells import Cell, Trial
 from sims_ray.stages.evaluate import Evaluation
 from sims_ray.stages.features import feature_content
 from sims_ray.stages.preview import Preview
+from sims_ray.stages.sweep import Sweep
 from sims_ray.stages.synthesize import SynthesisJob
 from sims_ray.stages.train_job import TrainJob
-from sims_ray.stages.tune import Sweep
 from sims_ray.storage.artifacts import FINGERPRINT_CHARS, Artifact, Store, fingerprint, sha256_file
 from sims_ray.storage.folders import Folder, absolute
 from sims_ray.storage.models import SCORE, SimsModel

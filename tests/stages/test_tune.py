@@ -21,7 +21,8 @@ from sims_ray.stages.cells import Cell, Trial
 from sims_ray.stages.evaluate import Evaluation, MomentsWorker, evaluate_here
 from sims_ray.stages.features import load_extractor, load_real_features, load_reference
 from sims_ray.stages.images import images_of
-from sims_ray.stages.tune import Sweep, tune
+from sims_ray.stages.sweep import Sweep
+from sims_ray.stages.tune import tune
 from sims_ray.studies.sims import SimsRun
 from tests.conftest import TinyRecipe
 
