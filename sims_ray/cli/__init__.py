@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import typer
 
-from sims_ray.cli import data, latents, models, plan, report, stages, synthesis
+from sims_ray.cli import data, latents, measure, models, plan, report, stages, synthesis
 from sims_ray.errors import SimsError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -26,6 +26,7 @@ app.add_typer(stages.app)
 app.add_typer(report.app)
 app.add_typer(models.app)
 app.add_typer(plan.app)
+app.add_typer(measure.app)
 data.app.add_typer(synthesis.app)
 data.app.add_typer(latents.app)
 app.add_typer(data.app, name="data")
