@@ -22,6 +22,9 @@ class FeatureSettings(Settings):
     weights: str | None = Field(
         None, description="file or URI of the weights of a checkpoint, inception or dinov2; null: fetch the last two"
     )
+    statistics: str | None = Field(
+        None, description="file of EDM's or clean-fid's reference statistics; null: those of the real images"
+    )
     feature_dim: Annotated[int, Field(ge=2)] = 64
     width: Count = 32
     steps: Count = 600
@@ -38,6 +41,10 @@ class FeatureSettings(Settings):
             raise ValueError("kind=checkpoint needs weights; set features.weights to a classifier's .safetensors file")
         if self.kind in ("classifier", "pixels") and self.weights is not None:
             raise ValueError(f"kind={self.kind} takes no weights; leave features.weights out, or set kind=checkpoint")
+        if self.kind == "classifier" and self.statistics is not None:
+            raise ValueError(
+                "kind=classifier trains its features here, so no statistics=FILE can be in them; set another kind"
+            )
         return self
 
 

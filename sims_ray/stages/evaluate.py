@@ -22,7 +22,7 @@ from sims_ray.config import ComputeSettings
 from sims_ray.diffusion.generate import Batch
 from sims_ray.errors import SimsError
 from sims_ray.metrics.features import image_features
-from sims_ray.metrics.frechet import frechet_distance
+from sims_ray.metrics.frechet import Statistics, frechet_distance
 from sims_ray.metrics.measures import Measure, measure
 from sims_ray.metrics.moments import Moments, merge_all
 from sims_ray.stages.extractors import FD, Extractor, metric_name
@@ -197,7 +197,7 @@ def _extractor(folder: str, device: str) -> Extractor:
 
 
 @lru_cache(maxsize=2)
-def _reference(folder: str) -> Moments:
+def _reference(folder: str) -> Statistics:
     return load_reference(Path(folder))
 
 

@@ -18,12 +18,15 @@ from sims_ray.diffusion.noise import step_generator
 from sims_ray.diffusion.order import TrainingOrder
 from sims_ray.errors import SimsError
 from sims_ray.metrics.features import image_features
+from sims_ray.metrics.frechet import Statistics
 from sims_ray.metrics.moments import Moments, merge_all
+from sims_ray.metrics.reference import read_statistics, write_statistics
 from sims_ray.nn.classifier import FeatureClassifier
 from sims_ray.stages.cluster import as_sentence, start_ray
 from sims_ray.stages.extractors import CLASSIFIER, Extractor, load_extractor_of, weights_digest
+from sims_ray.stages.inception import local_weights
 from sims_ray.stages.progress import Progress
-from sims_ray.storage.artifacts import Artifact, read_manifest
+from sims_ray.storage.artifacts import Artifact, read_manifest, sha256_file
 from sims_ray.storage.checkpoints import load_tensors, save_tensors
 from sims_ray.storage.folders import absolute, atomic_path
 from sims_ray.storage.stores import is_uri
@@ -33,6 +36,7 @@ logger = logging.getLogger("sims_ray")
 REFERENCE = "reference.npz"
 REAL_FEATURES = "features.npy"
 REPORT_STEPS = 50
+STATISTICS_ADVICE = "give reference statistics with --set features.statistics=FILE, or leave it out"
 
 
 def make_features(artifact: Artifact, settings: FeatureSettings, table: str | Path, compute: ComputeSettings) -> None:
@@ -43,17 +47,21 @@ def make_features(artifact: Artifact, settings: FeatureSettings, table: str | Pa
     """
     if settings.kind == "classifier" and SampleTable(table).num_classes < 2:
         raise SimsError(f"{table} has no labels to train a feature classifier on; set features.kind=pixels")
+    statistics = None if settings.statistics is None else absolute(settings.statistics)
+    settings = settings.model_copy(update={"weights": absolute_weights(settings), "statistics": statistics})
     name = "classifier"
     if settings.kind != "classifier":  # that the weights are whole, and of such images, before any work
         extractor = load_extractor_of(settings.kind, settings.weights)
         extractor.check(SampleTable(table).shape)
+        if settings.statistics is not None:
+            _check_width(settings.statistics, extractor, SampleTable(table).shape)
         name = extractor.name
     nimg = settings.steps * settings.batch_size if settings.kind == "classifier" else len(SampleTable(table))
     progress = Progress(f"features ({settings.kind})", nimg)
     for done_nimg in _in_worker(artifact, settings, table, compute):
         progress.update(done_nimg)
     files = [REFERENCE, REAL_FEATURES] + ([CLASSIFIER] if settings.kind == "classifier" else [])
-    result: dict[str, Any] = {"kind": settings.kind, "name": name, "weights": absolute_weights(settings)}
+    result: dict[str, Any] = {"kind": settings.kind, "name": name, "weights": settings.weights}
     if settings.kind == "classifier":
         result["accuracy"] = load_tensors(artifact.path / CLASSIFIER)[1]["accuracy"]
         logger.info("features: the classifier gets %.1f %% of its training images right", result["accuracy"] * 100)
@@ -98,7 +106,9 @@ def feature_content(settings: FeatureSettings) -> dict[str, Any]:
     Raises:
         SimsError: the file of the weights is missing.
     """
-    content = settings.model_dump(mode="json", exclude={"weights"})
+    content = settings.model_dump(mode="json", exclude={"weights", "statistics"})
+    if settings.statistics is not None:
+        content["statistics_sha256"] = sha256_file(local_weights(settings.statistics, STATISTICS_ADVICE))
     if settings.kind != "classifier" and (digest := weights_digest(settings.kind, settings.weights)) is not None:
         content["weights_sha256"] = digest
     return content
@@ -110,15 +120,38 @@ def absolute_weights(settings: FeatureSettings) -> str | None:
     return absolute(weights) if weights is not None and (is_uri(weights) or Path(weights).exists()) else weights
 
 
-def load_reference(folder: Path) -> Moments:
-    """Moments of the real images' features."""
-    return Moments.load(folder / REFERENCE)
+def load_reference(folder: Path) -> Statistics:
+    """Mean and covariance of the real images' features, or those that the user gave."""
+    return read_statistics(folder / REFERENCE)
 
 
 def load_real_features(folder: Path) -> NDArray[np.float32]:
     """Features of real images [M, F], a random choice of `features.reference_nimg` of them."""
     features: NDArray[np.float32] = np.load(folder / REAL_FEATURES, allow_pickle=False)
     return features
+
+
+def statistics_at(location: str) -> Statistics:
+    """The reference statistics in a file or at a URI.
+
+    Raises:
+        SimsError: there are none.
+    """
+    try:
+        return read_statistics(local_weights(location, STATISTICS_ADVICE))
+    except ValueError as error:
+        raise SimsError(f"features.statistics: {error}") from None
+
+
+def _check_width(location: str, extractor: Extractor, shape: tuple[int, ...]) -> None:
+    """Raise SimsError unless statistics are as wide as the features that are to be compared with them."""
+    width = len(statistics_at(location).mean)
+    features = image_features(extractor.features, torch.zeros(1, *shape, dtype=torch.uint8))
+    if features.shape[1] != width:
+        raise SimsError(
+            f"{location} is of features of width {width}, and those of features.kind={extractor.name} have "
+            f"{features.shape[1]}; give the statistics of the same extractor"
+        )
 
 
 def _make(
@@ -134,7 +167,7 @@ def _make(
         yield from _train_classifier(net, settings, table, artifact.path / CLASSIFIER)
         extractor = load_extractor_of("checkpoint", str(artifact.path / CLASSIFIER), device)
     else:
-        extractor = load_extractor_of(settings.kind, absolute_weights(settings), device)
+        extractor = load_extractor_of(settings.kind, settings.weights, device)
     chosen = _chosen_rows(len(table), settings)
     parts, kept, done = [], [], 0
     for part in table.files():
@@ -145,7 +178,10 @@ def _make(
         if settings.kind != "classifier":
             yield done
     with atomic_path(artifact.path / REFERENCE) as beside:
-        merge_all(parts).save(beside)
+        if settings.statistics is not None:
+            write_statistics(beside, statistics_at(settings.statistics))
+        else:
+            merge_all(parts).save(beside)
     shuffled = np.random.default_rng(settings.seed).permutation(len(chosen))  # so that any first ones are a fair choice
     with atomic_path(artifact.path / REAL_FEATURES) as beside, beside.open("wb") as file:
         np.save(file, np.concatenate(kept)[shuffled])

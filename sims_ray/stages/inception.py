@@ -110,8 +110,8 @@ def clean_resize(images: Tensor) -> Tensor:
     return torch.from_numpy(resized)
 
 
-def local_weights(location: str) -> Path:
-    """A file of this machine with the weights at a path or URI; of a URI it is a copy, made once.
+def local_weights(location: str, advice: str = "give the weights with --set features.weights=FILE") -> Path:
+    """A file of this machine with the weights, or other arrays, at a path or URI; of a URI it is a copy, made once.
 
     Raises:
         SimsError: there is no such file, or it cannot be read.
@@ -121,7 +121,7 @@ def local_weights(location: str) -> Path:
     folder = Folder.at(f"{parent or '/'}{mark}{query}")
     size = folder.size(name)
     if size is None:
-        raise SimsError(f"there is no file {head}; give the weights with --set features.weights=FILE")
+        raise SimsError(f"there is no file {head}; {advice}")
     if folder.local is not None:
         return folder.local / name
     # A file that is replaced by another of the same size is taken for the one that was copied.
