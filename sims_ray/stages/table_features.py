@@ -20,10 +20,12 @@ from sims_ray.metrics.moments import Moments
 from sims_ray.metrics.reference import read_statistics
 from sims_ray.stages.extractors import Extractor
 from sims_ray.stages.features import load_real_features, load_reference
+from sims_ray.stages.inception import local_weights
 from sims_ray.stages.progress import Progress
 
 Rows = NDArray[np.int64]
 FEWEST_KEPT = 10_000  # features of a reference, where it has as many: for what moments do not say
+ADVICE = "give the statistics of real images with --against FILE.npz, or a table of them"
 COLUMNS = {"label": "labels", "attribute": "attributes"}  # of a table, and what `Samples` calls them
 
 
@@ -62,21 +64,21 @@ class Reference:
     whole: TableFeatures | None = None
 
     @classmethod
-    def of_file(cls, path: Path) -> Reference:
-        """Statistics as EDM, clean-fid or `write_statistics` left them.
+    def of_file(cls, location: str) -> Reference:
+        """Statistics as EDM, clean-fid or `write_statistics` left them, at a path or URI.
 
         Raises:
             SimsError: there are none.
         """
         try:
-            found = read_statistics(path)
-        except (ValueError, FileNotFoundError) as error:
+            found = read_statistics(local_weights(location, ADVICE))
+        except ValueError as error:
             raise SimsError(str(error)) from None
         return cls(found, found.n, np.empty((0, len(found.mean)), np.float32))
 
     @classmethod
     def of_artifact(cls, folder: Path) -> Reference:
-        """What a features artifact holds of the real images."""
+        """What a features artifact holds of the real images; its statistics may be others that the user gave."""
         moments = load_reference(folder)
         return cls(moments, moments.n, load_real_features(folder))
 

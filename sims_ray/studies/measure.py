@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -133,6 +133,8 @@ def _measured(work: _Work, scratch: Path) -> Measured:
         return Measured(name, (), None, work.described)
     rows = first_or_random_rows(work.images, work.nimg)
     found = table_features(work.images, extractor, "features of the set", rows=rows, column=request.per)
+    more = [*work.measures, *([request.per] if request.per else []), *(["copies"] if request.copies else [])]
+    logger.info("measuring %s", ", ".join(["fd", *more]))
     values = list(overall_values(name, found, reference, work.measures))
     bias = warn_of_few(values[0].metric, values[0].value or 0.0, reference.features, work.nimg)
     if request.per is not None:
@@ -152,7 +154,7 @@ class _Work:
         if against is None:
             raise SimsError("nothing to measure against; give --against TABLE, --against FILE.npz or --run FOLDER")
         is_file = against.endswith(STATISTICS) or Path(against).is_file()
-        self.statistics = Reference.of_file(Path(against)) if is_file else None
+        self.statistics = Reference.of_file(against) if is_file else None
         self.table = None if is_file else SampleTable(against)
         self.images = None if request.images is None else SampleTable(request.images)
         self.nimg = 0 if self.images is None else len(self.images) if request.nimg is None else request.nimg
@@ -299,12 +301,16 @@ class _Work:
             make_features(made, settings, self.against, ComputeSettings(num_workers=0))
             extractor, cached = load_extractor(made.path), made.path
         if self.statistics is not None or self.table is None:
-            return extractor, self.statistics or Reference.of_file(Path(self.against))
+            return extractor, self.statistics or Reference.of_file(self.against)
         if cached is not None and not whole:
             return extractor, Reference.of_artifact(cached)
         keep = None if whole else random_rows(self.table, kept_nimg, seed=0)
         found = table_features(self.table, extractor, "features of the reference", keep=keep, column=request.per)
-        return extractor, Reference.of_table(found, kept_nimg, whole)
+        reference = Reference.of_table(found, kept_nimg, whole)
+        if cached is not None:  # whose statistics may be others than those of its images
+            known = Reference.of_artifact(cached)
+            reference = replace(reference, moments=known.moments, nimg=known.nimg)
+        return extractor, reference
 
 
 def _plan_of(out: Path) -> Plan:

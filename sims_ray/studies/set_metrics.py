@@ -102,9 +102,8 @@ def overall_values(name: str, found: TableFeatures, reference: Reference, measur
     distance = frechet_distance(found.moments, reference.moments)
     yield Value(metric_name(name, FD, nimg), distance, reference_nimg=reference.nimg)
     several, mine = real[: max(FEWEST_KEPT, nimg)], found.features
-    if nimg > len(several) or (
-        "w2" in measures and nimg > MOST_POINTS
-    ):  # then some are taken, and the first ones must be a fair choice
+    # Where only some of them are taken, the first ones must be a fair choice.
+    if nimg > len(several) or ("w2" in measures and nimg > MOST_POINTS):
         mine = mine[np.random.default_rng(0).permutation(nimg)]
     for key, value in measure([m for m in USUAL if m in measures], mine, several, reference.moments).items():
         shown = min(nimg, len(several)) if key in MANIFOLD else nimg

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sims_ray.config import FeatureSettings
+from sims_ray.storage.folders import Folder
 from sims_ray.studies.measure import Request, measure_images
 from tests.cli.words import sims
 from tests.data.tables import commit, random_rows
@@ -138,3 +139,19 @@ def test_a_place_that_cannot_be_written_is_refused_before_any_work(
         said = capsys.readouterr()
         assert "error: " in said.err and str(tmp_path / "file") in said.err
         assert said.out == "" and "images/s" not in said.err
+
+
+def test_tables_and_statistics_in_an_object_store_give_the_same(
+    tables: dict[str, Path], tmp_path: Path, s3_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # where the copy of what lies there is kept
+    remote = commit(f"{s3_folder}/set", random_rows(120, SHAPE, labels=np.arange(120, dtype=np.int32) % 2))
+    pixels, values = ("--features", "pixels", "--measures", "fd"), []
+    words = ("--against", tables["real"], *pixels, "--write-statistics", tmp_path / "real.npz")
+    assert sims("measure", remote.folder.location, *words, "--json", tmp_path / "one.json") == 0
+    Folder.at(s3_folder).put("real.npz", (tmp_path / "real.npz").read_bytes())
+    words = ("--against", f"{s3_folder}/real.npz", "--features", "pixels", "--json", tmp_path / "two.json")
+    assert sims("measure", tables["set"], *words) == 0
+    for name in ("one", "two"):
+        values.append(json.loads((tmp_path / f"{name}.json").read_text())["values"][0]["value"])
+    assert values[0] == pytest.approx(values[1], rel=1e-9)

@@ -116,6 +116,16 @@ def test_the_order_of_the_images_and_their_labels_change_nothing_overall(
             assert v.value == pytest.approx(value(other, v.metric.partition("@")[0]), rel=1e-8)
 
 
+def test_a_set_sorted_by_class_that_is_larger_than_the_reference_is_compared_by_a_fair_choice(
+    tables: Tables, digits: Samples, tmp_path: Path
+) -> None:
+    rows = 600 + np.argsort(digits[600:].labels, kind="stable")
+    made = commit(tmp_path / "sorted", digits[rows])
+    found = measure_images(Request(str(made.folder), tables["set"], PIXELS, measures=("manifold",)))
+    one_after_the_other = manifold_scores(pixels(digits[:600]), pixels(digits[rows[:600]]), 5).recall
+    assert one_after_the_other < 0.7 and value(found, "recall_pixels") > 0.8
+
+
 @pytest.mark.parametrize("column", ["label", "attribute"])
 def test_the_distance_of_a_group_is_that_of_its_own_table(
     column: set_metrics.Column, tables: Tables, digits: Samples, tmp_path: Path
@@ -321,6 +331,19 @@ def test_a_run_s_features_and_its_reference_are_taken_as_they_are(
     assert value(other, "fd_classifier") < 1e-6
 
 
+def test_a_run_with_statistics_of_the_user_s_is_measured_against_those(
+    tiny: TinyRecipe, tables: Tables, tmp_path: Path
+) -> None:
+    file = tmp_path / "given.npz"
+    measure_images(Request(None, tables["set"], PIXELS, statistics=file))
+    made = SimsRun(tiny("features.kind=pixels", f"features.statistics={file}"), tmp_path / "run")
+    made.make_features()
+    (made.out / "result.json").write_text(json.dumps({"settings": made.recipe.model_dump(mode="json")}))
+    for copies in (False, True):
+        found = measure_images(Request(tables["set"], run=made.out, copies=copies, measures=NOTHING))
+        assert value(found, "fd_pixels") < 1e-6 and found.values[0].reference_nimg == 600
+
+
 def test_a_folder_that_is_no_finished_run_is_named(run: SimsRun, tmp_path: Path) -> None:
     with pytest.raises(SimsError, match=r"result\.json is not the result of a run; finish"):
         measure_images(Request(None, run=tmp_path))
@@ -398,7 +421,7 @@ def refuse(reason: str, request: Request, monkeypatch: pytest.MonkeyPatch) -> No
         ({"images": None}, "there is nothing to do"),
         ({"against": None}, "nothing to measure against"),
         ({"against": "nowhere"}, "nowhere has no manifest.json"),
-        ({"against": "nowhere.npz"}, "nowhere.npz is not there"),
+        ({"against": "nowhere.npz"}, "nowhere.npz; give the statistics of real images with --against"),
         ({"against": "{file}", "copies": True}, "give the Fréchet distance alone; leave out --copies"),
         ({"against": "{file}", "per": "label"}, "leave out --per label"),
         ({"against": "{file}", "measures": ("kid", "w2")}, "leave out --measures kid,w2"),
@@ -413,6 +436,7 @@ def refuse(reason: str, request: Request, monkeypatch: pytest.MonkeyPatch) -> No
         ({"images": "{unlabelled}", "per": "attribute"}, "has no column 'attribute'"),
         ({"against": "{latent}"}, "holds images and {latent} holds latents; decode the latents"),
         ({"against": "{latent}", "images": "{latent}"}, "only points of up to 8 numbers"),
+        ({"against": "{latent}", "images": "{latent}", "features": None}, "holds latents of shape (4, 2, 2), and only"),
         (
             {"against": "{point}", "images": "{point}"},
             "only points of up to 8 numbers are measured as they are, without",
