@@ -33,7 +33,8 @@ from sims_ray.storage.artifacts import FINGERPRINT_CHARS, adopt, fingerprint, wr
 from sims_ray.storage.locks import alone
 from sims_ray.storage.models import SCORE
 from sims_ray.studies.console import closing_words, stages_overview
-from sims_ray.studies.plan import OWN_BASE, Plan
+from sims_ray.studies.model_plan import OWN_BASE
+from sims_ray.studies.plan import Plan
 from sims_ray.studies.record import RunRecord
 from sims_ray.studies.space import SIMS
 from sims_ray.studies.summary import RESULT, summarise

@@ -20,7 +20,7 @@ from sims_ray.storage.checkpoints import described, read_card
 from sims_ray.storage.folders import Folder
 from sims_ray.storage.latents import card_latents
 from sims_ray.storage.models import SCORE, SimsModel
-from sims_ray.studies.plan import label_content
+from sims_ray.studies.model_plan import label_content
 
 
 def synthesis_job(
