@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.linalg import solve_triangular
 
-from sims_ray.metrics.frechet import Gaussian
+from sims_ray.metrics.frechet import NOISE, Gaussian
 from sims_ray.metrics.moments import Moments
 from sims_ray.metrics.neighbours import Features
 
@@ -26,7 +25,7 @@ def frechet_standard_error(features: Features, reference: Gaussian) -> float:
         reference: moments of the real images, which are taken as exact.
 
     Raises:
-        ValueError: N <= F, where the covariance has no inverse.
+        ValueError: N <= F, where the covariance is of less rank than F whatever the images are.
     """
     n, width = features.shape
     if n <= width:
@@ -35,9 +34,11 @@ def frechet_standard_error(features: Features, reference: Gaussian) -> float:
         )
     moments = Moments.of(features)
     centred = features.astype(np.float64) - moments.mean
-    root = np.linalg.cholesky(moments.covariance)
+    variances, axes = np.linalg.eigh(moments.covariance)
+    kept = variances > NOISE * variances[-1]  # along the others no image differs from another
+    root = axes[:, kept] * np.sqrt(variances[kept])  # [F, r], S = root root^T
     values, vectors = np.linalg.eigh(root.T @ reference.covariance @ root)
-    whitened = solve_triangular(root, centred.T, lower=True, check_finite=False)  # [F, N]
+    whitened = (axes[:, kept] / np.sqrt(variances[kept])).T @ centred.T  # [r, N]
     mapped = (np.sqrt(values.clip(min=0.0))[:, None] * (vectors.T @ whitened) ** 2).sum(0)  # (x - mu)^T T (x - mu)
     influence = 2 * centred @ (moments.mean - reference.mean) + (centred**2).sum(1) - mapped
     return float(np.std(influence, ddof=1) / np.sqrt(n))

@@ -22,7 +22,7 @@ from sims_ray.errors import SimsError
 from sims_ray.report.page import write_report
 from sims_ray.stages.cells import Cell, Trial
 from sims_ray.stages.evaluate import evaluate
-from sims_ray.stages.features import make_features
+from sims_ray.stages.features import load_real_features, make_features
 from sims_ray.stages.serving import save_model
 from sims_ray.stages.synthesize import SynthesisJob, synthesize
 from sims_ray.stages.train import train
@@ -36,6 +36,7 @@ from sims_ray.studies.console import closing_words, stages_overview
 from sims_ray.studies.model_plan import OWN_BASE
 from sims_ray.studies.plan import Plan
 from sims_ray.studies.record import RunRecord
+from sims_ray.studies.set_metrics import warn_of_few
 from sims_ray.studies.space import SIMS
 from sims_ray.studies.summary import RESULT, summarise
 
@@ -176,6 +177,8 @@ class SimsRun:
         summary = summarise(self.plan, best)
         page = self.out / REPORT_FOLDER / PAGE
         if not page.is_file() or _read(self.out / RESULT) != json.loads(json.dumps(summary)):
+            real, base = load_real_features(self.plan.features.path), summary["table"][0]
+            warn_of_few(summary["metric"], base["distance"], real, summary["n_images"])
             write_report(page.parent, summary, self.previews(best), self.morph(best))
             write_json(self.out / RESULT, summary)
         model = self.out / MODEL_FOLDER

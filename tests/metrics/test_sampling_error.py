@@ -51,6 +51,14 @@ def test_a_reference_of_less_rank_has_an_error_all_the_same() -> None:
     assert np.isfinite(frechet_standard_error(draw(np.random.default_rng(5), 100), flat))
 
 
+def test_a_feature_that_no_image_varies_in_adds_nothing() -> None:
+    features = draw(np.random.default_rng(6), 200)
+    wider = np.column_stack([features[:, :1], np.full(200, 0.3), features[:, 1:]])
+    mean, deviations = np.insert(REAL.mean, 1, 0.1), np.insert(np.diag(REAL.covariance), 1, 0.7)
+    error = frechet_standard_error(wider, Statistics(mean, np.diag(deviations)))
+    assert error == pytest.approx(frechet_standard_error(features, REAL), rel=1e-9)
+
+
 def test_no_more_images_than_features_are_refused() -> None:
     with pytest.raises(ValueError, match="3 images in 3 features"):
         frechet_standard_error(np.eye(3), REAL)
