@@ -48,12 +48,12 @@ class Statistics:
     n: int | None = None
 
 
-def frechet_distance(a: Gaussian, b: Gaussian) -> float:
+def frechet_distance(a: Gaussian, b: Gaussian, *, warn: bool = True) -> float:
     """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (Heusel et al. 2017, arXiv 1706.08500, eq. 6).
 
     With S = R R^T for both sides, the trace of the root is the sum of the singular values of R_a^T R_b: no root of a
     matrix is taken, and rank-deficient covariances stay exact. Rounding below 0 is given as 0. Warns, once for each
-    n and F, where n <= F images make a side rank-deficient.
+    n and F, where n <= F images make a side rank-deficient, unless `warn` is false.
 
     Raises:
         ValueError: feature widths differ, a covariance is not [F, F], a number is not finite, or fewer than two images.
@@ -61,7 +61,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     covariance_a, covariance_b = a.covariance, b.covariance
     _check(a.mean, covariance_a, b.mean, covariance_b)
     root_a, root_b = _root(covariance_a), _root(covariance_b)
-    for side, root in ((a, root_a), (b, root_b)):
+    for side, root in ((a, root_a), (b, root_b)) if warn else ():
         _warn_if_deficient(getattr(side, "n", None), *root.shape)
     delta = a.mean - b.mean
     total = delta @ delta + np.trace(covariance_a) + np.trace(covariance_b) - 2 * _nuclear_norm(root_a.T @ root_b)

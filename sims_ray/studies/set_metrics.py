@@ -153,7 +153,7 @@ def _group_value(name: str, of: str, width: int, mine: Moments | None, real: Mom
     if mine is None or real is None or min(n, m) < 2:
         return Value(metric, None, of, m, "fewer than 2 images on a side")
     note = f"rank-deficient, so far too high: wants more than {width:,} images on each side"
-    return Value(metric, frechet_distance(mine, real), of, m, note if min(n, m) <= width else "")
+    return Value(metric, frechet_distance(mine, real, warn=False), of, m, note if min(n, m) <= width else "")
 
 
 def copy_values(
