@@ -51,6 +51,7 @@ def rows(out: Path) -> Samples:
     return SampleTable(out).head(len(SampleTable(out)))
 
 
+@pytest.mark.slow
 def test_the_digests_are_the_same_for_one_two_and_three_workers_in_any_order(
     base: Path, tmp_path: Path, ray_cluster: ComputeSettings
 ) -> None:
@@ -61,6 +62,7 @@ def test_the_digests_are_the_same_for_one_two_and_three_workers_in_any_order(
         assert digests(out) == digests(tmp_path / "alone")
 
 
+@pytest.mark.slow
 def test_a_pool_that_may_grow_makes_the_same_set(base: Path, tmp_path: Path, ray_cluster: ComputeSettings) -> None:
     synthesize([job(tmp_path / "alone", base, 90)], ALONE)
     growing = ray_cluster.model_copy(update={"num_workers": 1, "max_workers": 2})

@@ -63,6 +63,7 @@ def test_training_stopped_anywhere_and_rerun_equals_the_undisturbed_run_bit_for_
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_two_workers_train_the_same_model_as_one_and_the_same_bits_whether_they_stream_or_not(
     tiny: TinyRecipe, tmp_path: Path, ray_cluster: ComputeSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

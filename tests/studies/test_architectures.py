@@ -35,7 +35,14 @@ def nfe_by_model(summary: dict[str, object]) -> dict[str, float]:
     return {row["model"]: row["evaluations_per_image"] for row in summary["table"]}  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("settings", [EDM2, ADM, NCSNPP], ids=["edm2", "adm", "ncsnpp"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(EDM2, id="edm2"),
+        pytest.param(ADM, id="adm", marks=pytest.mark.slow),
+        pytest.param(NCSNPP, id="ncsnpp", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_with_any_architecture_ends_with_a_table_whose_costs_are_those_of_theory(
     settings: tuple[str, ...], out: Path, tiny: TinyRecipe
 ) -> None:

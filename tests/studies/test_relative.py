@@ -9,6 +9,7 @@ from sims_ray.studies.sims import SimsRun
 from tests.conftest import TinyRecipe
 
 
+@pytest.mark.slow
 def test_relative_folders_mean_the_same_in_workers_as_in_the_driver(
     tiny: TinyRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: ComputeSettings
 ) -> None:
