@@ -179,12 +179,13 @@ def test_budgets_that_are_there_are_not_trained_again_whatever_is_asked_for_besi
     tiny: TinyRecipe, begun: Path, tmp_path: Path, jobs: Jobs
 ) -> None:
     trained(jobs(0.3, 0.5, 1))
-    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    artifacts = tmp_path / "run" / "artifacts"
+    files = {path: path.stat().st_mtime_ns for path in artifacts.rglob("*") if path.is_file()}
     subset = jobs(0.3, 1)
     assert subset.complete and subset.missing_kimg == ()
     run = SimsRun(tiny("finetune.budgets_kimg=[0.3,1]"), tmp_path / "run")
     run.finetune()
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()} == files
+    assert {path: path.stat().st_mtime_ns for path in artifacts.rglob("*") if path.is_file()} == files
     assert jobs(0.3, 0.7, 2).missing_kimg == (0.7, 2.0)
 
 
