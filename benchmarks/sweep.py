@@ -122,8 +122,8 @@ def main() -> None:
     for name, cell in {**named, "the search's choice": choice}.items():
         spread, apart = Spread.of(report[cell]), Spread.of(np.subtract(report[cell], report[best]).tolist())
         rank = f"{order.index(cell) + 1} of {len(order)}" if cell in order else ""
-        figures = (spread.mean, spread.standard_error or math.nan, apart.mean, apart.standard_error or math.nan)
-        rows.append((name, cell.name, *(f"{figure:.3f}" for figure in figures), rank))
+        figures = (spread.mean, spread.standard_error, apart.mean, apart.standard_error)
+        rows.append((name, cell.name, *("-" if figure is None else f"{figure:.3f}" for figure in figures), rank))
     print(align(rows))
     error = Spread.of(report[best]).standard_error or math.nan  # of one block
     behind = float(np.mean(report[choice]) - np.mean(report[best]))
