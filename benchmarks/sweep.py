@@ -116,7 +116,9 @@ def main() -> None:
         stop_ray()
     grid_choice = min(selection, key=lambda cell: selection[cell][0])
     best = min(cells, key=lambda cell: float(np.mean(report[cell])))
-    rows = [("model", "cell", "report seeds", "standard error", "above the best", "its standard error", "rank")]
+    rows: list[tuple[str, ...]] = [
+        ("model", "cell", "report seeds", "standard error", "above the best", "its standard error", "rank")
+    ]
     order = sorted(cells, key=lambda cell: float(np.mean(report[cell])))
     named = {"base": Cell(), "best of all on report seeds": best, "the grid's choice": grid_choice}
     for name, cell in {**named, "the search's choice": choice}.items():
