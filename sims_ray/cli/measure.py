@@ -54,6 +54,9 @@ def measure(
     copies: Annotated[
         bool, typer.Option("--copies", help="Also near copies of real images, in these features.")
     ] = False,
+    lpips: Annotated[
+        bool, typer.Option("--lpips", help="With --copies: also LPIPS to the nearest real image (extra `lpips`).")
+    ] = False,
     measures: Annotated[
         str | None, typer.Option(help="Beside fd: some of kid,manifold,fd_inf,w2; default all that can be had.")
     ] = None,
@@ -63,17 +66,18 @@ def measure(
     json: Annotated[Path | None, typer.Option(help="Write the values and the settings here as well.")] = None,
 ) -> None:
     """Measure any set of images against real ones: FD, KID, precision and recall, near copies; or write statistics."""
-    _check(images, features, weights, run, n, per, copies, measures, json)
+    _check(images, features, weights, run, n, per, copies, lpips, measures, json)
     from sims_ray.storage.artifacts import write_json
     from sims_ray.storage.folders import Folder
-    from sims_ray.studies.measure import Request, measure_images
+    from sims_ray.studies.measure import measure_images
+    from sims_ray.studies.measure_request import Request
 
     settings, extras = _features(features, weights), _measures(measures)
     if json is not None:
         Folder.at(json.parent).check_writable()
     try:
         measured = measure_images(
-            Request(images, against, settings, run, n, per, copies, extras, statistics=write_statistics)
+            Request(images, against, settings, run, n, per, copies, lpips, extras, statistics=write_statistics)
         )
     except SimsError as error:
         raise SimsError(_in_options(str(error))) from error
@@ -93,13 +97,21 @@ def _check(
     n: int | None,
     per: str | None,
     copies: bool,
+    lpips: bool,
     measures: str | None,
     json: Path | None,
 ) -> None:
     """Refuse options that do not go together."""
     if run is not None and (features is not None or weights is not None):
         raise SimsError("--features and --weights go without --run, which has features of its own; leave them out")
-    of_set = {"--n": n, "--per": per, "--copies": copies or None, "--measures": measures, "--json": json}
+    of_set = {
+        "--n": n,
+        "--per": per,
+        "--copies": copies or None,
+        "--lpips": lpips or None,
+        "--measures": measures,
+        "--json": json,
+    }
     given = [option for option, value in of_set.items() if value is not None]
     if images is None and given:
         raise SimsError(f"{' and '.join(given)}: of which set of images is not said; give SET")

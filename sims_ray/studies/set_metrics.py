@@ -15,7 +15,15 @@ from sims_ray.data.table import NO_LABEL, SampleTable
 from sims_ray.errors import SimsError
 from sims_ray.metrics.frechet import frechet_distance
 from sims_ray.metrics.measures import MANIFOLD, Measure, measure
-from sims_ray.metrics.memorisation import CopyRule, NearCopies, mean_ssim_to_nearest, near_copies, training_copies
+from sims_ray.metrics.memorisation import (
+    CopyRule,
+    NearCopies,
+    PerceptualDistance,
+    mean_perceptual_distance_to_nearest,
+    mean_ssim_to_nearest,
+    near_copies,
+    training_copies,
+)
 from sims_ray.metrics.moments import Moments, grouped_moments
 from sims_ray.metrics.neighbours import Features
 from sims_ray.metrics.spread import MOST_PARTS, Spread, small_n_bias
@@ -157,7 +165,12 @@ def _group_value(name: str, of: str, width: int, mine: Moments | None, real: Mom
 
 
 def copy_values(
-    name: str, images: SampleTable, table: SampleTable, found: TableFeatures, reference: Reference
+    name: str,
+    images: SampleTable,
+    table: SampleTable,
+    found: TableFeatures,
+    reference: Reference,
+    perceptual: PerceptualDistance | None = None,
 ) -> Iterator[Value]:
     """Near copies of real images by the usual rule, beside what the real images are among themselves.
 
@@ -167,6 +180,7 @@ def copy_values(
         table: the real images.
         found: features of the set.
         reference: of the whole table of real images.
+        perceptual: LPIPS, if it is wanted too.
 
     Raises:
         SimsError: the reference is not of a whole table.
@@ -181,18 +195,24 @@ def copy_values(
     yield Value(metric_name(name, "copy_distance", n), copies.mean_distance, reference_nimg=m, note=NEAREST)
     yield Value(metric_name(name, "copy_distance_training", m), among.mean_distance, "reference", m - 1, others)
     if images.kind == "image" and images.shape == table.shape:
-        yield _likeness(name, images, table, found, copies)
+        yield from _likenesses(name, images, table, found, copies, perceptual)
 
 
-def _likeness(name: str, images: SampleTable, table: SampleTable, found: TableFeatures, copies: NearCopies) -> Value:
-    """Mean SSIM to the nearest real images, of as many images as memory holds."""
+def _likenesses(
+    name: str,
+    images: SampleTable,
+    table: SampleTable,
+    found: TableFeatures,
+    copies: NearCopies,
+    perceptual: PerceptualDistance | None,
+) -> Iterator[Value]:
+    """Mean SSIM and LPIPS to the nearest real images, of as many images as memory holds."""
     count = min(len(found.rows), max(1, SSIM_BYTES // images.row_bytes))
     some = np.sort(np.random.default_rng(0).permutation(len(found.rows))[:count])
     nearest, at = np.unique(copies.nearest[some], return_inverse=True)
     mine, real = read_rows(images, found.rows[some]).images, read_rows(table, nearest).images
-    return Value(
-        metric_name(name, "ssim_nearest", count),
-        mean_ssim_to_nearest(mine, real, at),
-        reference_nimg=len(table),
-        note=NEAREST,
-    )
+    values = {"ssim_nearest": mean_ssim_to_nearest(mine, real, at)}
+    if perceptual is not None:
+        values["lpips_nearest"] = mean_perceptual_distance_to_nearest(mine, real, at, perceptual)
+    for key, value in values.items():
+        yield Value(metric_name(name, key, count), value, reference_nimg=len(table), note=NEAREST)

@@ -9,7 +9,8 @@ import pytest
 
 from sims_ray.config import FeatureSettings
 from sims_ray.storage.folders import Folder
-from sims_ray.studies.measure import Request, measure_images
+from sims_ray.studies.measure import measure_images
+from sims_ray.studies.measure_request import Request
 from tests.cli.words import sims
 from tests.data.tables import commit, random_rows
 
@@ -119,7 +120,8 @@ def test_a_mistake_gets_one_sentence_in_the_words_of_the_options(
 
 
 @pytest.mark.parametrize(
-    "words", [("--n", "5"), ("--copies",), ("--per", "label"), ("--measures", "kid"), ("--json", "values.json")]
+    "words",
+    [("--n", "5"), ("--copies",), ("--lpips",), ("--per", "label"), ("--measures", "kid"), ("--json", "values.json")],
 )
 def test_options_of_a_set_without_one_are_named(
     words: tuple[str, ...], tables: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -30,7 +30,8 @@ from sims_ray.stages.features import load_extractor, load_reference
 from sims_ray.storage.artifacts import Artifact
 from sims_ray.storage.checkpoints import save_tensors
 from sims_ray.studies import measure, set_metrics
-from sims_ray.studies.measure import Measured, Request, measure_images
+from sims_ray.studies.measure import Measured, measure_images
+from sims_ray.studies.measure_request import Request
 from sims_ray.studies.sims import SimsRun
 from tests.conftest import TinyRecipe
 from tests.data.tables import commit, random_rows
