@@ -12,7 +12,7 @@ Row = Mapping[str, Any]
 BASE, SIMS, NEON = "base", "SIMS", "Neon"
 MATCHED = {
     "base, matched evaluations": "at as many network evaluations per image",
-    "base, matched training": "trained on for as many images, real ones",
+    "base, matched training": "trained on for as many real images",
 }
 
 
@@ -61,9 +61,11 @@ def comparisons(summary: Mapping[str, Any]) -> list[str]:
     for name in (SIMS, NEON):
         row = next((row for row in summary["table"] if row["model"] == name), None)
         if row is not None and finite(row.get("gain_selection")):
+            flattered = row["gain_selection"] > row["gain"]
             found.append(
                 f"{name} changes the base's distance by {percent(-row['gain_selection'])} on the seeds that it was "
-                f"selected on and by {percent(-row['gain'])} on fresh seeds: selection flattered the rest."
+                f"selected on and by {percent(-row['gain'])} on fresh seeds: selection "
+                f"{'flattered it by the difference' if flattered else 'did not flatter it'}."
             )
     return found
 

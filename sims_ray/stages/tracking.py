@@ -26,8 +26,12 @@ METRICS_PER_CALL = 500
 MODEL = "model"  # folder of a run's artifacts
 T = TypeVar("T")
 
-# A dead server must cost seconds, not the minutes of MLflow's default retries.
-PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
+# A dead server must cost seconds, not the minutes of MLflow's default retries; its bars would flood the log.
+DEFAULTS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
 
 
 class Tracker:
@@ -77,7 +81,7 @@ class Tracker:
         return self._client
 
     def _connect(self) -> None:
-        for name, value in PATIENCE.items():
+        for name, value in DEFAULTS.items():
             os.environ.setdefault(name, value)
         from mlflow.tracking import MlflowClient
 

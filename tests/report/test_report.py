@@ -180,7 +180,10 @@ def test_matched_bases_and_the_gain_on_selection_seeds_are_told_beside_the_gain(
     assert "7.10" in sentences[0]
     assert "6.20" in sentences[1]
     assert "\u221252%" in sentences[2]
-    assert "\u221247%" in sentences[2]
+    assert "\u221247%" in sentences[2] and sentences[2].endswith("selection flattered it by the difference.")
+    fresher = full_summary()
+    next(row for row in fresher["table"] if row["model"] == "SIMS")["gain_selection"] = 0.4
+    assert comparisons(fresher)[2].endswith("selection did not flatter it.")
     table = results_table(full_summary())
     sims = dict(zip(table.header, table.rows[4], strict=True))
     assert (sims["On selection seeds"], sims["Difference to base"]) == (
