@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from sims_ray.config import ComputeSettings
-from sims_ray.data.table import NO_LABEL, Samples, table_result, write_samples
+from sims_ray.data.samples import NO_LABEL, Samples, write_samples
+from sims_ray.data.table import table_result
 from sims_ray.diffusion.order import Rows, Share, TrainingData
 from sims_ray.stages.cluster import start_ray, stop_ray
 from sims_ray.stages.reading import open_source

@@ -28,12 +28,36 @@ from sims_ray.errors import SimsError
 
 app = typer.Typer()
 
+OutArgument = Annotated[
+    str, typer.Argument(help="Folder or URI of the set; one that is there is gone on with, or extended.")
+]
+LabelsOption = Annotated[
+    str | None,
+    typer.Option(help="Classes: uniform, or YAML like '{probabilities: [.2, .8]}', '{quotas: {0: 700, 1: 300}}'."),
+]
+ClassifierOption = Annotated[Path | None, typer.Option(help="Fill a column `attribute` with what this one sees.")]
+GroupsOption = Annotated[
+    str | None, typer.Option(help="With --classifier: classes of each attribute, like '{0: [0, 1], 1: [8, 9]}'.")
+]
+SharesOption = Annotated[
+    str | None,
+    typer.Option(help="With --classifier: sample on until these shares are filled, like '{0: .7, 1: .3}'."),
+]
+ShardOption = Annotated[int | None, typer.Option(min=1, help="Images per file; default what a worker makes in 150 s.")]
+BatchOption = Annotated[
+    int | None, typer.Option(min=1, help="Images sampled at once; default what a GPU's memory holds.")
+]
+MicroBatchOption = Annotated[
+    int | None, typer.Option(min=1, help="Images per network call; then --batch does not change a bit.")
+]
+PrecisionOption = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Dtype of the network.")
+]
+
 
 @app.command("synthesize", epilog="Example: sims data synthesize s3://bucket/set --base base.safetensors --n 1500000")
 def synthesize_(
-    out: Annotated[
-        str, typer.Argument(help="Folder or URI of the set; one that is there is gone on with, or extended.")
-    ],
+    out: OutArgument,
     n: Annotated[int, typer.Option(min=1, help="Number of images.")],
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first image; the others follow.")] = 0,
     run: RunOption = None,
@@ -45,32 +69,16 @@ def synthesize_(
     preset: PresetOption = None,
     sigma_lo: SigmaLoOption = 0.0,
     sigma_hi: SigmaHiOption = None,
-    labels: Annotated[
-        str | None,
-        typer.Option(help="Classes: uniform, or YAML like '{probabilities: [.2, .8]}', '{quotas: {0: 700, 1: 300}}'."),
-    ] = None,
-    classifier: Annotated[Path | None, typer.Option(help="Fill a column `attribute` with what this one sees.")] = None,
-    groups: Annotated[
-        str | None, typer.Option(help="With --classifier: classes of each attribute, like '{0: [0, 1], 1: [8, 9]}'.")
-    ] = None,
-    shares: Annotated[
-        str | None,
-        typer.Option(help="With --classifier: sample on until these shares are filled, like '{0: .7, 1: .3}'."),
-    ] = None,
+    labels: LabelsOption = None,
+    classifier: ClassifierOption = None,
+    groups: GroupsOption = None,
+    shares: SharesOption = None,
     workers: WorkersOption = "2",
     gpus: GpusOption = None,
-    shard_nimg: Annotated[
-        int | None, typer.Option(min=1, help="Images per file; default what a worker makes in 150 s.")
-    ] = None,
-    batch: Annotated[
-        int | None, typer.Option(min=1, help="Images sampled at once; default what a GPU's memory holds.")
-    ] = None,
-    micro_batch: Annotated[
-        int | None, typer.Option(min=1, help="Images per network call; then --batch does not change a bit.")
-    ] = None,
-    precision: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Dtype of the network.")
-    ] = "auto",
+    shard_nimg: ShardOption = None,
+    batch: BatchOption = None,
+    micro_batch: MicroBatchOption = None,
+    precision: PrecisionOption = "auto",
 ) -> None:
     """Sample a synthetic set, exactly once whatever dies; run again to go on, with a larger --n to extend it."""
     choice = ModelChoice(run, model, base, aux, omega, sigma_lo, sigma_hi, preset)

@@ -22,7 +22,7 @@ from PIL import Image
 
 from sims_ray.data.archives import CheckedZip
 from sims_ray.data.entries import LABEL_LIMIT, Entry, Source, one_line, shown
-from sims_ray.data.table import NO_LABEL
+from sims_ray.data.samples import NO_LABEL
 from sims_ray.errors import SimsError
 
 NPY = b"\x93NUMPY"

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sims_ray.data.table import Samples, encode_samples
+from sims_ray.data.samples import Samples, encode_samples
 from sims_ray.errors import SimsError
 from sims_ray.storage.artifacts import MANIFEST, new_manifest, to_json
-from sims_ray.storage.folders import Folder, hidden_path, is_uri
+from sims_ray.storage.beside import hidden_path
+from sims_ray.storage.folders import Folder, is_uri
 
 OTHER_NAME = "choose another name or remove it first"
 

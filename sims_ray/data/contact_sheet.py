@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sims_ray.data.table import KINDS, Samples, SampleTable, concatenate, row_group_rows
+from sims_ray.data.samples import KINDS, Samples, concatenate, row_group_rows
+from sims_ray.data.table import SampleTable
 from sims_ray.errors import SimsError
-from sims_ray.storage.folders import atomic_path
+from sims_ray.storage.beside import atomic_path
 
 CELL_PIXELS = 32  # smaller images are magnified to at least this
 GAP_PIXELS = 1

@@ -23,10 +23,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sims_ray.data.table import METADATA_KEY, SCHEMA_VERSION, Samples, SampleTable, row_group_rows, to_samples
+from sims_ray.data.samples import METADATA_KEY, SCHEMA_VERSION, Samples, row_group_rows, to_samples
+from sims_ray.data.table import SampleTable
 from sims_ray.errors import SimsError
 from sims_ray.storage.artifacts import MANIFEST, fingerprint, new_manifest, read_manifest, to_json
-from sims_ray.storage.folders import Folder, atomic_path
+from sims_ray.storage.beside import atomic_path
+from sims_ray.storage.folders import Folder
 from sims_ray.storage.latents import LatentSpace
 from sims_ray.storage.vae import VaeFiles
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from sims_ray.data.table import NO_LABEL
+from sims_ray.data.samples import NO_LABEL
 from sims_ray.errors import SimsError
 
 LABEL_LIMIT = 2**31  # labels are int32

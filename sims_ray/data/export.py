@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sims_ray.data.commits import atomic_folder, check_new_local
-from sims_ray.data.table import NO_LABEL, Samples, SampleTable
+from sims_ray.data.samples import NO_LABEL, Samples
+from sims_ray.data.table import SampleTable
 from sims_ray.errors import SimsError
-from sims_ray.storage.folders import atomic_path
+from sims_ray.storage.beside import atomic_path
 
 INDEX = "dataset.json"
 FOLDER_ROWS = 1000  # images per sub-folder, as EDM's dataset tool has them

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from sims_ray.data.commits import NewTable, check_new, new_table
 from sims_ray.data.entries import EXTENSIONS, Source
 from sims_ray.data.pixels import Crop, Geometry, Look, decode, look_at
+from sims_ray.data.samples import Samples, write_samples
 from sims_ray.data.sources import find_source
-from sims_ray.data.table import Samples, table_result, write_samples
+from sims_ray.data.table import table_result
 from sims_ray.errors import SimsError
 from sims_ray.storage.artifacts import Artifact
 

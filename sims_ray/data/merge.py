@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sims_ray.data.commits import NewTable, new_table
+from sims_ray.data.samples import NO_LABEL, Samples
 from sims_ray.data.synthetic import shard_seeds
-from sims_ray.data.table import NO_LABEL, Samples, SampleTable
+from sims_ray.data.table import SampleTable
 from sims_ray.errors import SimsError
 
 STAGE = "merge"

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sims_ray.data.entries import Entry, Source, check_label, one_line, shown
-from sims_ray.data.table import METADATA_KEY, NO_LABEL
+from sims_ray.data.samples import METADATA_KEY, NO_LABEL
 from sims_ray.errors import SimsError
 
 BATCH_ROWS = 64

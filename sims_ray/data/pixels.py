@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sims_ray.data.entries import Entry, one_line
-from sims_ray.data.table import KINDS
+from sims_ray.data.samples import KINDS
 from sims_ray.errors import SimsError
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # not EPS: it would start Ghostscript

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sims_ray.data.table import Samples, SampleTable, concatenate
+from sims_ray.data.samples import Samples, concatenate
+from sims_ray.data.table import SampleTable
 from sims_ray.errors import SimsError
 
 SUM_TOLERANCE = 1e-6

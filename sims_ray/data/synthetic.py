@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from sims_ray.data.table import Samples, read_metadata, read_samples, table_result
+from sims_ray.data.samples import Samples, read_metadata, read_samples
+from sims_ray.data.table import table_result
 from sims_ray.errors import SimsError
 from sims_ray.storage.artifacts import MANIFEST, fingerprint, new_manifest, to_json
 from sims_ray.storage.folders import Folder

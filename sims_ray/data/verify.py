@@ -14,8 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from sims_ray.data.samples import read_metadata, to_samples
 from sims_ray.data.synthetic import shard_seeds
-from sims_ray.data.table import SampleTable, read_metadata, to_samples
+from sims_ray.data.table import SampleTable
 from sims_ray.errors import SimsError
 from sims_ray.storage.artifacts import MANIFEST
 

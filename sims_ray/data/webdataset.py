@@ -11,7 +11,7 @@ from typing import Any
 
 from sims_ray.data.archives import Member, tar_members
 from sims_ray.data.entries import EXTENSIONS, Entry, Source, check_label, shown
-from sims_ray.data.table import NO_LABEL
+from sims_ray.data.samples import NO_LABEL
 from sims_ray.errors import SimsError
 
 WHOLE = re.compile(r"-?[0-9]{1,18}")

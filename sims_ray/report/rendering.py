@@ -11,7 +11,7 @@ from sims_ray.report.drawings import draw_png
 from sims_ray.report.numbers import number, percent, seconds
 from sims_ray.report.plots import plotly_figure
 from sims_ray.report.sheets import data_uri
-from sims_ray.storage.folders import atomic_path
+from sims_ray.storage.beside import atomic_path
 
 
 def render(template: str, panels: Iterable[Panel], values: Mapping[str, Any]) -> bytes:

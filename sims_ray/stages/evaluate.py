@@ -31,7 +31,7 @@ from sims_ray.stages.pool import run_on_pool
 from sims_ray.stages.progress import Progress
 from sims_ray.stages.sampling import ImageSampler
 from sims_ray.storage.artifacts import Artifact, write_json
-from sims_ray.storage.folders import atomic_path
+from sims_ray.storage.beside import atomic_path
 from sims_ray.storage.models import SimsModel
 
 MOMENTS = "moments.npz"

@@ -27,8 +27,9 @@ from sims_ray.stages.extractors import CLASSIFIER, Extractor, load_extractor_of,
 from sims_ray.stages.inception import local_weights
 from sims_ray.stages.progress import Progress
 from sims_ray.storage.artifacts import Artifact, read_manifest, sha256_file
+from sims_ray.storage.beside import atomic_path
 from sims_ray.storage.checkpoints import load_tensors, save_tensors
-from sims_ray.storage.folders import absolute, atomic_path
+from sims_ray.storage.folders import absolute
 from sims_ray.storage.stores import is_uri
 
 logger = logging.getLogger("sims_ray")

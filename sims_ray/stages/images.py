@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from sims_ray.data.decode import LatentDecoder
-from sims_ray.data.table import IMAGE_CHANNELS
+from sims_ray.data.samples import IMAGE_CHANNELS
 from sims_ray.diffusion.generate import generate
 from sims_ray.diffusion.noise import SEED_LIMIT
 from sims_ray.errors import SimsError

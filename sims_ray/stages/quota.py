@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 
 from sims_ray.config import SEED_LIMIT, ComputeSettings
 from sims_ray.data.quotas import PATIENCE_NIMG, candidates_needed, gather, select
+from sims_ray.data.samples import Samples, encode_samples, read_metadata, read_samples
 from sims_ray.data.synthetic import STAGE, shard_facts
-from sims_ray.data.table import Samples, SampleTable, encode_samples, read_metadata, read_samples
+from sims_ray.data.table import SampleTable
 from sims_ray.errors import SimsError
 from sims_ray.stages.progress import Progress
 from sims_ray.stages.synthesize import SynthesisJob, synthesize

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from sims_ray.config import ComputeSettings
+from sims_ray.data.samples import KINDS, NO_LABEL, Samples, encode_samples
 from sims_ray.data.synthetic import OtherSetError, SyntheticSet, TornFileError, shard_facts, shard_name
-from sims_ray.data.table import KINDS, NO_LABEL, Samples, encode_samples
 from sims_ray.diffusion.microbatch import CPU_BATCH
 from sims_ray.errors import SimsError
 from sims_ray.stages.pool import run_on_pool

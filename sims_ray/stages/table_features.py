@@ -11,8 +11,9 @@ import torch
 from numpy.typing import NDArray
 
 from sims_ray.data.contact_sheet import random_rows
+from sims_ray.data.samples import Samples
 from sims_ray.data.synthetic import shard_seeds
-from sims_ray.data.table import Samples, SampleTable
+from sims_ray.data.table import SampleTable
 from sims_ray.errors import SimsError
 from sims_ray.metrics.features import BATCH, image_features
 from sims_ray.metrics.frechet import Gaussian

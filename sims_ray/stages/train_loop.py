@@ -28,8 +28,8 @@ from sims_ray.stages.training_speed import (
     fit_memory,
     speed_notes,
 )
+from sims_ray.storage.beside import atomic_path
 from sims_ray.storage.checkpoints import FULL
-from sims_ray.storage.folders import atomic_path
 from sims_ray.storage.training_states import INTACT, TrainingStates
 
 FAILURE = "failure.txt"

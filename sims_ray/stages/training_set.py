@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from sims_ray.data.table import KINDS, SampleTable, row_group_rows
+from sims_ray.data.samples import KINDS, row_group_rows
+from sims_ray.data.table import SampleTable
 from sims_ray.diffusion.order import Rows, TrainingOrder, mean_weight
 from sims_ray.errors import SimsError
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from sims_ray.errors import SimsError
-from sims_ray.storage.folders import Folder, atomic_path
+from sims_ray.storage.beside import atomic_path
+from sims_ray.storage.folders import Folder
 
 MANIFEST = "manifest.json"
 FORMAT = 1  # raise when a stage's mathematics changes, so that old artifacts are not taken for new ones

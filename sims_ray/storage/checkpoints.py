@@ -23,7 +23,7 @@ from torch import Tensor
 from sims_ray.errors import SimsError
 from sims_ray.nn.networks import build_network, describe_network
 from sims_ray.nn.precond import Precond
-from sims_ray.storage.folders import atomic_path
+from sims_ray.storage.beside import atomic_path
 
 CARD = "card"
 DIGEST = "sha256"

@@ -9,14 +9,11 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
-import platform
-import re
 import shutil
 import tempfile
-import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,14 +21,13 @@ from typing import IO, Any, TypeVar
 from urllib.parse import unquote
 
 from sims_ray.errors import SimsError
+from sims_ray.storage.beside import atomic_path, hidden_path, is_abandoned
 from sims_ray.storage.stores import advice, check_bucket, open_store, reason
 from sims_ray.storage.stores import is_uri as is_uri
 
 T = TypeVar("T")
 
 CHUNK_BYTES = 8 << 20
-STALE_S = 24 * 3600.0  # a file beside that is older was left by a process that is gone, on whatever node
-BESIDE = re.compile(r"^(?P<head>\..+)-(?P<pid>\d+)-[0-9a-f]{8}\.tmp$")
 
 
 def absolute(location: str | Path) -> str:
@@ -40,23 +36,6 @@ def absolute(location: str | Path) -> str:
         return str(location).rstrip("/")
     path = str(location)
     return str(Path(unquote(path.removeprefix("file://")) if path.startswith("file://") else path).resolve())
-
-
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; renamed onto `path` on success, removed on failure."""
-    beside = hidden_path(path)
-    try:
-        yield beside
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def hidden_path(path: Path) -> Path:
-    """A path beside `path` that `Folder.files` does not list and `Folder.sweep` removes once this process is gone."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
 
 
 @dataclass(frozen=True)
@@ -241,7 +220,7 @@ class Folder:
         if self.local is None or not self.local.is_dir():
             return
         for path in self.local.glob(".*.tmp"):
-            if not _gone(path):
+            if not is_abandoned(path):
                 continue
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
@@ -286,21 +265,3 @@ def _pour(source: Folder, name: str, sha256: str, target: IO[bytes]) -> None:
     if digest.hexdigest() != sha256:
         found = f"SHA-256 {digest.hexdigest()[:12]}..., its manifest says {sha256[:12]}..."
         raise SimsError(f"{source}/{name} has {found}; restore it or make {source} again")
-
-
-def _gone(path: Path) -> bool:
-    """Whether a process that is gone was writing this; of another node's that is a guess from its age."""
-    match = BESIDE.match(path.name)
-    if match is None:
-        return False
-    if match["head"].endswith(f".{platform.node()}"):
-        try:
-            os.kill(int(match["pid"]), 0)  # signal 0 only asks
-        except (ProcessLookupError, OverflowError):
-            return True
-        except PermissionError:
-            return False
-        return False
-    with suppress(OSError):
-        return time.time() - path.stat().st_mtime > STALE_S
-    return False

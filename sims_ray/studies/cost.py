@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sims_ray.data.table import KINDS
+from sims_ray.data.samples import KINDS
 from sims_ray.metrics.features import pixel_features
 from sims_ray.nn.flops import NetworkFlops, network_flops
 from sims_ray.nn.networks import describe_network, num_parameters

@@ -8,7 +8,8 @@ from typing import Any
 
 from sims_ray.config import Recipe
 from sims_ray.config.architecture import network_entry
-from sims_ray.data.table import IMAGE_CHANNELS, SampleTable
+from sims_ray.data.samples import IMAGE_CHANNELS
+from sims_ray.data.table import SampleTable
 from sims_ray.errors import SimsError
 from sims_ray.storage.artifacts import Store
 from sims_ray.storage.checkpoints import described, read_card

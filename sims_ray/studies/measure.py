@@ -17,7 +17,7 @@ from sims_ray.stages.extractors import Extractor
 from sims_ray.stages.features import load_extractor, make_features
 from sims_ray.stages.table_features import FEWEST_KEPT, Reference, first_or_random_rows, table_features
 from sims_ray.storage.artifacts import Artifact
-from sims_ray.storage.folders import atomic_path
+from sims_ray.storage.beside import atomic_path
 from sims_ray.studies.measure_request import OpenRequest, Request
 from sims_ray.studies.set_metrics import Value, copy_values, group_values, overall_values, warn_of_few
 

@@ -17,7 +17,8 @@ import torch
 
 from sims_ray.config import FeatureSettings, Recipe
 from sims_ray.config.evaluation import FEWEST_TO_EXTRAPOLATE
-from sims_ray.data.table import KINDS, SampleTable
+from sims_ray.data.samples import KINDS
+from sims_ray.data.table import SampleTable
 from sims_ray.errors import SimsError
 from sims_ray.metrics.measures import NEIGHBOURS
 from sims_ray.metrics.memorisation import PerceptualDistance

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from sims_ray.config import ComputeSettings
-from sims_ray.data.table import KINDS
+from sims_ray.data.samples import KINDS
 from sims_ray.diffusion.microbatch import batch_for_memory
 from sims_ray.diffusion.order import Rows, share_of
 from sims_ray.diffusion.training import Training

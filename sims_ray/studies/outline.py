@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from sims_ray.config import Recipe, presets
-from sims_ray.data.table import IMAGE_CHANNELS, SampleTable
+from sims_ray.data.samples import IMAGE_CHANNELS
+from sims_ray.data.table import SampleTable
 from sims_ray.errors import SimsError
 from sims_ray.storage.artifacts import Store
 from sims_ray.storage.folders import Folder

@@ -20,7 +20,7 @@ from sims_ray.stages.tracking import TrackedRun, Tracker
 from sims_ray.stages.train_job import TrainJob
 from sims_ray.stages.training_log import METRICS, read_metrics
 from sims_ray.storage.artifacts import Artifact, fingerprint
-from sims_ray.storage.folders import atomic_path
+from sims_ray.storage.beside import atomic_path
 from sims_ray.studies.plan import Plan
 
 SETTINGS, PACKAGES = "settings.yaml", "packages.txt"

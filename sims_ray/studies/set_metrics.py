@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sims_ray.data.contact_sheet import read_rows
-from sims_ray.data.table import NO_LABEL, SampleTable
+from sims_ray.data.samples import NO_LABEL
+from sims_ray.data.table import SampleTable
 from sims_ray.errors import SimsError
 from sims_ray.metrics.frechet import frechet_distance
 from sims_ray.metrics.measures import MANIFOLD, Measure, measure

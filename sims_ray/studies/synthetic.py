@@ -8,8 +8,8 @@ from typing import Any
 
 from sims_ray.config import SamplerSettings
 from sims_ray.config.labels import LabelSettings
+from sims_ray.data.samples import IMAGE_CHANNELS
 from sims_ray.data.synthetic import SyntheticSet
-from sims_ray.data.table import IMAGE_CHANNELS
 from sims_ray.diffusion.labels import check_labels
 from sims_ray.diffusion.noise import SEED_LIMIT
 from sims_ray.errors import SimsError

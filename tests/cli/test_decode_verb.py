@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from sims_ray.data.decode import LatentDecoder
-from sims_ray.data.table import Samples, SampleTable, table_result, write_samples
+from sims_ray.data.samples import Samples, write_samples
+from sims_ray.data.table import SampleTable, table_result
 from sims_ray.diffusion.generate import generate
 from sims_ray.storage.artifacts import Artifact
 from sims_ray.storage.checkpoints import save_tensors

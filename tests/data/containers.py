@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sims_ray.data.importers import import_images
-from sims_ray.data.table import Samples, SampleTable
+from sims_ray.data.samples import Samples
+from sims_ray.data.table import SampleTable
 
 Labels = Sequence[int]
 

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from sims_ray.data.commits import new_table
+from sims_ray.data.samples import Samples, concatenate, encode_samples
 from sims_ray.data.synthetic import SyntheticSet, shard_facts, shard_name
-from sims_ray.data.table import Samples, SampleTable, concatenate, encode_samples, table_result
+from sims_ray.data.table import SampleTable, table_result
 from sims_ray.storage.folders import Folder
 
 SETTINGS = {"sampler": {"num_steps": 4}, "first_seed": 0}

@@ -115,7 +115,7 @@ def test_random_rows_are_a_function_of_the_seed_without_repetition(tmp_path: Pat
 
 
 def test_rows_are_read_from_their_row_groups_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sims_ray.data.table.ROW_GROUP_BYTES", 4 * 3 * 8 * 8)
+    monkeypatch.setattr("sims_ray.data.samples.ROW_GROUP_BYTES", 4 * 3 * 8 * 8)
     whole = tables.random_rows(30)
     table = tables.commit(tmp_path / "table", whole[:10], whole[10:11], whole[11:])
     reads: list[tuple[str, int, int]] = []

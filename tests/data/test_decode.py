@@ -19,7 +19,8 @@ from sims_ray.config import ComputeSettings
 from sims_ray.data import decode as module
 from sims_ray.data.contact_sheet import contact_sheet
 from sims_ray.data.decode import LatentDecoder, decoded_rows
-from sims_ray.data.table import Samples, SampleTable, row_group_rows, table_result, write_samples
+from sims_ray.data.samples import Samples, row_group_rows, write_samples
+from sims_ray.data.table import SampleTable, table_result
 from sims_ray.errors import SimsError
 from sims_ray.stages.decode import decode_table
 from sims_ray.storage.artifacts import MANIFEST, Artifact, sha256_file

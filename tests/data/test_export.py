@@ -13,7 +13,8 @@ from PIL import Image
 
 from sims_ray.data.export import export
 from sims_ray.data.importers import import_images
-from sims_ray.data.table import Samples, SampleTable, concatenate
+from sims_ray.data.samples import Samples, concatenate
+from sims_ray.data.table import SampleTable
 from sims_ray.errors import SimsError
 from sims_ray.storage.artifacts import MANIFEST
 from tests.data.tables import commit, random_rows

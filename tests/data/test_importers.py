@@ -15,7 +15,8 @@ from PIL import Image
 
 from sims_ray.data import importers
 from sims_ray.data.importers import import_digits, import_images
-from sims_ray.data.table import SampleTable, read_samples
+from sims_ray.data.samples import read_samples
+from sims_ray.data.table import SampleTable
 from sims_ray.errors import SimsError
 from sims_ray.storage.artifacts import Artifact, Store, sha256_file
 from sims_ray.storage.folders import Folder

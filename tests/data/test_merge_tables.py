@@ -13,7 +13,8 @@ import pytest
 from sims_ray.data.commits import content_fingerprint
 from sims_ray.data.importers import import_images
 from sims_ray.data.merge import merge
-from sims_ray.data.table import Samples, SampleTable
+from sims_ray.data.samples import Samples
+from sims_ray.data.table import SampleTable
 from sims_ray.data.verify import verify
 from sims_ray.errors import SimsError
 from sims_ray.storage.folders import Folder

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from sims_ray.data import quotas
 from sims_ray.data.quotas import candidates_needed, gather, select, slots
-from sims_ray.data.table import Samples, SampleTable, table_result, write_samples
+from sims_ray.data.samples import Samples, write_samples
+from sims_ray.data.table import SampleTable, table_result
 from sims_ray.errors import SimsError
 from sims_ray.storage.artifacts import Artifact
 

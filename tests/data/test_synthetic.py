@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sims_ray.data.samples import Samples, encode_samples
 from sims_ray.data.synthetic import SyntheticSet, shard_facts, shard_name
-from sims_ray.data.table import Samples, SampleTable, encode_samples
+from sims_ray.data.table import SampleTable
 from sims_ray.errors import SimsError
 from sims_ray.storage.folders import Folder
 

@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from sims_ray.data.table import Samples, SampleTable, read_samples, table_result, write_samples
+from sims_ray.data.samples import Samples, read_samples, write_samples
+from sims_ray.data.table import SampleTable, table_result
 from sims_ray.errors import SimsError
 from sims_ray.storage.artifacts import Artifact
 

@@ -13,7 +13,8 @@ import pytest
 
 from sims_ray.data.importers import import_digits
 from sims_ray.data.merge import merge
-from sims_ray.data.table import SampleTable, encode_samples
+from sims_ray.data.samples import encode_samples
+from sims_ray.data.table import SampleTable
 from sims_ray.data.verify import Verified, verify
 from sims_ray.storage.artifacts import MANIFEST, Artifact, sha256_file
 from tests.data.tables import commit, random_rows, synthetic_set

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from sims_ray.config import ComputeSettings, SamplerSettings
 from sims_ray.data.quotas import gather, select, slots
+from sims_ray.data.samples import Samples, read_metadata, write_samples
 from sims_ray.data.synthetic import SyntheticSet
-from sims_ray.data.table import Samples, SampleTable, read_metadata, write_samples
+from sims_ray.data.table import SampleTable
 from sims_ray.diffusion.generate import generate
 from sims_ray.errors import SimsError
 from sims_ray.nn.classifier import FeatureClassifier

@@ -21,7 +21,8 @@ import pytest
 from numpy.typing import NDArray
 
 from sims_ray.config import ComputeSettings
-from sims_ray.data.table import Samples, SampleTable, table_result, write_samples
+from sims_ray.data.samples import Samples, write_samples
+from sims_ray.data.table import SampleTable, table_result
 from sims_ray.diffusion.order import Rows, Share, TrainingOrder, joined
 from sims_ray.errors import SimsError
 from sims_ray.stages import reading, streaming

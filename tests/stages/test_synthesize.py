@@ -13,7 +13,8 @@ import pytest
 
 from sims_ray.config import ComputeSettings, SamplerSettings
 from sims_ray.config.labels import LabelSettings
-from sims_ray.data.table import Samples, SampleTable
+from sims_ray.data.samples import Samples
+from sims_ray.data.table import SampleTable
 from sims_ray.data.verify import verify
 from sims_ray.errors import SimsError
 from sims_ray.stages.synthesize import PLAN, SHARD_BYTES, Shard, ShardWorker, SynthesisJob, synthesize

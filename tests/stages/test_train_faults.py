@@ -17,7 +17,8 @@ import safetensors.torch
 import torch
 
 from sims_ray.config import ComputeSettings, load_recipe
-from sims_ray.data.table import Samples, table_result, write_samples
+from sims_ray.data.samples import Samples, write_samples
+from sims_ray.data.table import table_result
 from sims_ray.diffusion.training import Training
 from sims_ray.errors import SimsError
 from sims_ray.stages.train import train

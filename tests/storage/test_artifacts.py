@@ -13,7 +13,7 @@ from sims_ray.storage.artifacts import (
     sha256_file,
     write_json,
 )
-from sims_ray.storage.folders import atomic_path
+from sims_ray.storage.beside import atomic_path
 
 SETTINGS = {"lr": 1e-3, "budgets": [1, 2], "network": {"width": 16, "mult": [1, 2]}}
 

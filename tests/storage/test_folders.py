@@ -18,7 +18,8 @@ import pytest
 from pyarrow.fs import FileSystem
 
 from sims_ray.errors import SimsError
-from sims_ray.storage.folders import STALE_S, Folder, absolute
+from sims_ray.storage.beside import STALE_S
+from sims_ray.storage.folders import Folder, absolute
 from sims_ray.storage.stores import open_store
 
 NAMES = ("plain.bin", "two words.bin", "grüße 文.bin", "50%25.bin", "a+b&c=d#e.bin", "packed.gz", "x.tmp")
@@ -38,7 +39,7 @@ print(*[i for i in range(40) if folder.create(f"file-{i}", me.encode() * 100_000
 DIES = """
 import os, signal, sys
 from pathlib import Path
-from sims_ray.storage.folders import atomic_path
+from sims_ray.storage.beside import atomic_path
 with atomic_path(Path(sys.argv[1]) / "a.bin") as beside:
     beside.write_bytes(b"half")
     os.kill(os.getpid(), signal.SIGKILL)

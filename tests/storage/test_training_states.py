@@ -20,8 +20,8 @@ from torch import Tensor
 
 from sims_ray.errors import SimsError
 from sims_ray.storage.artifacts import MANIFEST, new_manifest, write_json
+from sims_ray.storage.beside import hidden_path
 from sims_ray.storage.checkpoints import load_tensors, save_tensors
-from sims_ray.storage.folders import hidden_path
 from sims_ray.storage.training_states import WAITS_S, TrainingStates, save_patiently, state_path
 
 CARD = {"role": "training state", "of": "abc"}

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from sims_ray.config import FeatureSettings
 from sims_ray.data.importers import import_digits
-from sims_ray.data.table import Samples, SampleTable
+from sims_ray.data.samples import Samples
+from sims_ray.data.table import SampleTable
 from sims_ray.errors import SimsError
 from sims_ray.metrics.features import feature_moments, image_features, pixel_features
 from sims_ray.metrics.frechet import frechet_distance

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from sims_ray.data.table import Samples, SampleTable, table_result, write_samples
+from sims_ray.data.samples import Samples, write_samples
+from sims_ray.data.table import SampleTable, table_result
 from sims_ray.errors import SimsError
 from sims_ray.storage.artifacts import Store
 from sims_ray.storage.checkpoints import load_tensors, save_tensors

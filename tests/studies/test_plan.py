@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from sims_ray.config import load_recipe, presets
-from sims_ray.data.table import IMAGE_CHANNELS, Samples, table_result, write_samples
+from sims_ray.data.samples import IMAGE_CHANNELS, Samples, write_samples
+from sims_ray.data.table import table_result
 from sims_ray.errors import SimsError
 from sims_ray.stages.cells import Cell
 from sims_ray.storage.artifacts import Store
