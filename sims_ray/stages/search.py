@@ -120,6 +120,70 @@ def ray_searcher(settings: TuneSettings, lattice: Lattice) -> Any:
     return searcher
 
 
+class Suggestions:
+    """The cells that a search algorithm asks for, each at most once, until none is open or enough were tried.
+
+    Args:
+        inner: a searcher of Ray Tune over indices along the lattice's axes.
+        lattice, known, settings: see `lattice_search`.
+    """
+
+    def __init__(self, inner: Any, lattice: Lattice, known: dict[Cell, float], settings: TuneSettings) -> None:
+        self._inner, self._lattice, self._names = inner, lattice, list(lattice.axes)
+        self._points = OpenPoints(lattice, settings.unimodal)
+        self._left = trials_left(settings, lattice, known)
+        self._running: dict[str, tuple[Cell, str | None]] = {}
+        self._point_of = {cell: point for point, cell in reversed(list(lattice.points.items()))}
+        for cell, value in known.items():
+            if cell in self._point_of:
+                self._inform(cell, value)
+
+    def suggest(self, trial_id: str) -> Cell | None:
+        """The cell of a new trial; None where there is no more to try."""
+        if self._left <= 0:
+            return None
+        proposed, name = self._propose(trial_id)
+        point = self._points.nearest(proposed)
+        if point is None:
+            return None
+        if point != proposed and name is not None:
+            self._inner.on_trial_complete(name, error=True)
+            name = None
+        self._left -= 1
+        self._running[trial_id] = self._points.start(point), name
+        return self._lattice.points[point]
+
+    def complete(self, trial_id: str, result: Any, error: bool) -> None:
+        """Note what a trial came to, or that it was lost."""
+        cell, name = self._running.pop(trial_id)
+        if error or not result:
+            self._points.free(cell)
+        elif name is None:
+            self._inform(cell, float(result[OBJECTIVE]))
+        else:
+            self._points.tell(cell, float(result[OBJECTIVE]))
+        if name is not None:
+            self._inner.on_trial_complete(name, result, error)
+
+    def _propose(self, trial_id: str) -> tuple[Point, str | None]:
+        """A point that the algorithm proposes, and the name under which it waits for its value."""
+        for attempt in range(TRIES):
+            name = f"{trial_id}-{attempt}"
+            values = self._inner.suggest(name)
+            proposed = tuple(int(values[axis]) for axis in self._names)
+            value = self._points.value(proposed)
+            if value is None:
+                return proposed, name
+            self._inner.on_trial_complete(name, {OBJECTIVE: value, "training_iteration": 1})
+        return proposed, None
+
+    def _inform(self, cell: Cell, value: float) -> None:
+        """Tell the algorithm the value of a cell that it did not ask for."""
+        self._points.tell(cell, value)
+        with suppress(NotImplementedError):  # some algorithms take none
+            self._inner.add_evaluated_point(dict(zip(self._names, self._point_of[cell], strict=True)), value)
+
+
 def lattice_search(lattice: Lattice, cells: list[Cell], known: dict[Cell, float], settings: TuneSettings) -> Any:
     """A Ray Tune searcher that gives trials `{"trial": index in cells}`, each cell once.
 
@@ -131,61 +195,22 @@ def lattice_search(lattice: Lattice, cells: list[Cell], known: dict[Cell, float]
     """
     from ray.tune.search import Searcher
 
-    inner, points = ray_searcher(settings, lattice), OpenPoints(lattice, settings.unimodal)
-    names = list(lattice.axes)
-    point_of = {cell: point for point, cell in reversed(list(lattice.points.items()))}
-
-    def inform(cell: Cell, value: float) -> None:
-        points.tell(cell, value)
-        with suppress(NotImplementedError):
-            inner.add_evaluated_point(dict(zip(names, point_of[cell], strict=True)), value)
+    suggestions = Suggestions(ray_searcher(settings, lattice), lattice, known, settings)
 
     class LatticeSearch(Searcher):  # type: ignore[misc]
-        """Hands out open points until there are none, or enough were tried."""
+        """Hands the suggestions to Ray Tune."""
 
         def __init__(self) -> None:
             super().__init__(metric=OBJECTIVE, mode="min")
-            self._left = trials_left(settings, lattice, known)
-            self._running: dict[str, tuple[Cell, str | None]] = {}
 
         def suggest(self, trial_id: str) -> Any:
             """Called by Tune in the driver."""
-            if self._left <= 0:
-                return Searcher.FINISHED
-            proposed, name = self._propose(trial_id)
-            point = points.nearest(proposed)
-            if point is None:
-                return Searcher.FINISHED
-            if point != proposed and name is not None:
-                inner.on_trial_complete(name, error=True)
-                name = None
-            self._left -= 1
-            self._running[trial_id] = points.start(point), name
-            return {"trial": cells.index(lattice.points[point])}
-
-        def _propose(self, trial_id: str) -> tuple[Point, str | None]:
-            """A point that the algorithm proposes, and the name under which it waits for its value."""
-            for attempt in range(TRIES):
-                name = f"{trial_id}-{attempt}"
-                values = inner.suggest(name)
-                proposed = tuple(int(values[axis]) for axis in names)
-                value = points.value(proposed)
-                if value is None:
-                    return proposed, name
-                inner.on_trial_complete(name, {OBJECTIVE: value, "training_iteration": 1})
-            return proposed, None
+            cell = suggestions.suggest(trial_id)
+            return Searcher.FINISHED if cell is None else {"trial": cells.index(cell)}
 
         def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
             """Called by Tune in the driver."""
-            cell, name = self._running.pop(trial_id)
-            if error or not result:
-                points.free(cell)
-            elif name is None:
-                inform(cell, float(result[OBJECTIVE]))
-            else:
-                points.tell(cell, float(result[OBJECTIVE]))
-            if name is not None:
-                inner.on_trial_complete(name, result, error)
+            suggestions.complete(trial_id, result, error)
 
         def save(self, checkpoint_path: str) -> None:
             """What is known lies in the sweep's folder, where the next process finds it."""
@@ -193,9 +218,6 @@ def lattice_search(lattice: Lattice, cells: list[Cell], known: dict[Cell, float]
         def restore(self, checkpoint_path: str) -> None:
             """See `save`."""
 
-    for cell, value in known.items():
-        if cell in point_of:
-            inform(cell, value)
     return LatticeSearch()
 
 
